@@ -1,0 +1,1 @@
+"""The rooms behind the notebooks: each notebook has one sub-package, and all share the modules at this level."""
