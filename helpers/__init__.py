@@ -1,1 +1,1 @@
-"""The rooms behind the notebooks: each notebook has one sub-package, and all share the modules at this level."""
+"""The companion's rooms: base modules here, one sub-package per notebook, imports pointing one way (base -> rooms -> notebooks)."""
