@@ -1,0 +1,1 @@
+"""Attention heads: what they know (probes), what they do (influence), whether two jobs share heads (overlap)."""
