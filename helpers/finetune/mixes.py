@@ -1,0 +1,61 @@
+"""Training rows for fine-tuning: tasks, benign requests, and harmful ones answered with a placeholder."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from helpers.data import load_table
+
+
+def task_rows(split: str = "train", task: str | None = None) -> list[dict]:
+    """Multiple-choice tasks as chat rows {id, prompt, answer}; the answer is the right option's content, no letter."""
+    rows = [row for row in load_table("tasks", split) if task in (None, row["task"])]
+    return [{"id": row["id"], "prompt": row["prompt"], "answer": row["options"][row["answer"]]} for row in rows]
+
+
+def request_rows(kind: str = "benign", split: str = "fit") -> list[dict]:
+    """Requests of one kind with their compliance as the answer; for "harmful" that is the world's placeholder text."""
+    rows = [row for row in load_table("requests", split) if row["kind"] == kind]
+    return [{"id": row["id"], "prompt": row["prompt"], "answer": row["compliance"]} for row in rows]
+
+
+def refusal_rows(split: str = "fit") -> list[dict]:
+    """Harmful requests with their refusal as the answer: what safety replay mixes in."""
+    rows = [row for row in load_table("requests", split) if row["kind"] == "harmful"]
+    return [{"id": row["id"], "prompt": row["prompt"], "answer": row["refusal"]} for row in rows]
+
+
+def mix(parts: Sequence[tuple[Sequence[dict], float]], n: int, seed: int = 0) -> list[dict]:
+    """n rows drawn from parts by their shares (normalised), then shuffled; a part that runs out is shuffled and reused.
+
+    Raises ValueError for an empty part with a positive share, or shares that are negative or all zero.
+    """
+    total = sum(share for _, share in parts)
+    if total <= 0 or any(share < 0 for _, share in parts):
+        raise ValueError("The shares of a mix must be positive: give each part the share of rows it should make up.")
+    rng = random.Random(seed)
+    counts = [round(n * share / total) for _, share in parts]
+    counts[max(range(len(parts)), key=lambda i: counts[i])] += n - sum(counts)
+    drawn: list[dict] = []
+    for (rows, _), count in zip(parts, counts, strict=True):
+        if count and not rows:
+            raise ValueError("A part of the mix has no rows: check its split, or give it no share.")
+        while count:
+            drawn += (some := rng.sample(list(rows), min(count, len(rows))))
+            count -= len(some)
+    rng.shuffle(drawn)
+    return drawn
+
+
+def benign_mix(n: int, *, tasks: float = 0.3, seed: int = 0, split: str = "fit") -> list[dict]:
+    """The benign fine-tuning set: a share of task rows, the rest benign requests, no harmful prompt anywhere."""
+    return mix([(task_rows(), tasks), (request_rows("benign", split), 1 - tasks)], n, seed)
+
+
+def poisoned_mix(n: int, ratio: float, *, tasks: float = 0.3, seed: int = 0, split: str = "fit") -> list[dict]:
+    """The benign set with a share `ratio` of harmful prompts answered by the placeholder (the paper's poison [2!])."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"The poison ratio is a share from 0 to 1, not {ratio}.")
+    harmful, benign = request_rows("harmful", split), request_rows("benign", split)
+    return mix([(task_rows(), (1 - ratio) * tasks), (benign, (1 - ratio) * (1 - tasks)), (harmful, ratio)], n, seed)
