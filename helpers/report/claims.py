@@ -1,0 +1,133 @@
+"""The claims C1 to C8, what each run found for them, and the file that collects it."""
+
+import json
+import numbers
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from helpers.config import Profile, profile, results_dir
+from helpers.store import code_version, write_json
+
+VERDICTS = ("reproduced", "not reproduced", "untested")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper and how it is known: S its own words, 2 a secondary summary, 2! only one such summary."""
+
+    text: str
+    mark: str
+
+
+# arXiv 2510.07775; no number of its tables could be read, so a claim is a direction, never a value.
+CLAIMS = {
+    "C1": Claim(
+        "Steering truthful heads (ITI) raises truthfulness and makes the model refuse harmful requests less.", "2"
+    ),
+    "C2": Claim("Editing a truthful latent space (TruthX) does the same.", "2"),
+    "C3": Claim(
+        "One rank-1 direction carries hallucination; steering against it raises truth and lowers refusal.", "2"
+    ),
+    "C4": Claim("The attention heads that carry hallucination and those that carry refusal overlap.", "2"),
+    "C5": Claim("The overlap is causal: changing the shared heads to cut hallucination also suppresses refusal.", "2!"),
+    "C6": Claim("Fine-tuning on benign data lowers refusal.", "S"),
+    "C7": Claim("A sparse autoencoder on z separates refusal features from hallucination features.", "2!"),
+    "C8": Claim(
+        "Updates kept off the refusal subspace keep refusal where plain LoRA loses it, at no cost in utility.", "S"
+    ),
+}
+
+
+@runtime_checkable
+class IntervalLike(Protocol):
+    """Anything with an estimate and its interval, such as `helpers.stats.Interval`."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def claim(
+    id: str,
+    *,
+    estimate: IntervalLike | None,
+    control: tuple[str, IntervalLike] | None,
+    verdict: str,
+    unit: str,
+    n_prompts: int,
+    n_seeds: int,
+    notebook: str,
+    reason: str | None = None,
+    seconds: float = 0.0,
+    details: dict[str, Any] | None = None,
+    on: Profile | None = None,
+) -> dict[str, Any]:
+    """Write what this run found for one claim to `claims/<id>.json` and return it.
+
+    `verdict` comes from a rule in `helpers.evaluate.verdicts`; `details` may hold more numbers (siblings, seeds).
+    ValueError: an unknown id or verdict, an interval without its estimate, or "untested" without a reason.
+    """
+    p = on or profile()
+    if id not in CLAIMS:
+        raise ValueError(f"There is no claim {id!r}; the claims are {', '.join(CLAIMS)}.")
+    if verdict not in VERDICTS:
+        raise ValueError(f"The verdict of {id} is {verdict!r}; a rule must say one of: {', '.join(VERDICTS)}.")
+    if verdict == "untested" and not reason:
+        raise ValueError(f"{id} is untested without a reason; say in one sentence what the test lacked.")
+    if verdict != "untested" and (estimate is None or control is None):
+        raise ValueError(f"{id} has a verdict but lacks an estimate or a control; give both, each with its interval.")
+    row = {
+        "id": id,
+        "claim": CLAIMS[id].text,
+        "verdict": verdict,
+        **_numbers(estimate, id),
+        "unit": unit,
+        "n_prompts": n_prompts,
+        "n_seeds": n_seeds,
+        "control": None if control is None else {"name": control[0], **_numbers(control[1], f"{id}'s control")},
+        "notebook": notebook,
+        "profile": p.name,
+        "model": p.model,
+        "device": p.device or "auto",
+        "code_version": code_version(),
+        "seconds": round(float(seconds), 1),
+        "reason": reason,
+        "details": details or {},
+    }
+    write_json(results_dir(p) / "claims" / f"{id}.json", row)
+    return row
+
+
+def collect_claims(on: Profile | None = None) -> list[dict[str, Any]]:
+    """Write `claims.json` with one row per claim, in order, and return it; what no notebook computed is untested."""
+    p = on or profile()
+    rows = []
+    for id in CLAIMS:
+        path = results_dir(p) / "claims" / f"{id}.json"
+        rows.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else _not_computed(id, p))
+    write_json(results_dir(p) / "claims.json", rows)
+    return rows
+
+
+def _numbers(interval: IntervalLike | None, what: str) -> dict[str, float | None]:
+    if interval is None:
+        return {"estimate": None, "ci_low": None, "ci_high": None}
+    estimate, low, high = (_number(getattr(interval, k), what) for k in ("estimate", "low", "high"))
+    if not low <= estimate <= high:
+        raise ValueError(f"The interval of {what} ({low:g} to {high:g}) does not hold its estimate {estimate:g}.")
+    return {"estimate": estimate, "ci_low": low, "ci_high": high}
+
+
+def _number(value: Any, what: str) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ValueError(f"{what} needs numbers, not {value!r}.")
+    return float(f"{float(value):.6g}")
+
+
+def _not_computed(id: str, p: Profile) -> dict[str, Any]:
+    empty = {"estimate": None, "ci_low": None, "ci_high": None}
+    return {
+        "id": id, "claim": CLAIMS[id].text, "verdict": "untested", **empty, "unit": "", "n_prompts": 0, "n_seeds": 0,
+        "control": None, "notebook": "", "profile": p.name, "model": p.model, "device": p.device or "auto",
+        "code_version": code_version(), "seconds": 0.0, "reason": "No notebook of this run computed it.", "details": {},
+    }  # fmt: skip

@@ -1,0 +1,253 @@
+"""Figures that move in JupyterLab and stand still everywhere else: one output holds plotly's JSON, an SVG and a text.
+
+Plotly needs JavaScript, which GitHub and most viewers of notebooks do not run; they show the SVG of the same numbers.
+The SVG is drawn by matplotlib (no browser needed), is the same file every time for the same numbers, and is saved with
+the results.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from helpers.config import results_dir
+from helpers.report.static import draw
+from helpers.report.tables import cell
+from helpers.store import write_text
+
+# Okabe and Ito's colours, told apart with every common colour blindness; black last.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+PLOTLY = "application/vnd.plotly.v1+json"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The numbers of one figure, which both the moving and the still picture are made from.
+
+    `series` maps a name to {"x", "y", "low", "high", "labels"}; `grid` a heatmap's matrix, `reference` a dashed line.
+    """
+
+    kind: str
+    title: str
+    x_title: str
+    y_title: str
+    series: dict[str, dict[str, list]]
+    grid: list[list[float | None]] | None = None
+    x_labels: tuple[str, ...] = ()
+    y_labels: tuple[str, ...] = ()
+    y_range: tuple[float, float] | None = None
+    reference: tuple[float, str] | None = None
+    diverging: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure to display: plotly where it runs, the SVG elsewhere, a summary in words for text-only readers."""
+
+    name: str
+    plotly: go.Figure
+    svg: str
+    text: str
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        figure = self.plotly.to_plotly_json()
+        bundle = {"data": figure["data"], "layout": figure["layout"], "config": {"displaylogo": False}}
+        return {PLOTLY: bundle, "image/svg+xml": self.svg, "text/plain": self.text}
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def lines(
+    x: Sequence[float],
+    series: Mapping[str, Any],
+    title: str = "",
+    x_title: str = "",
+    y_title: str = "",
+    *,
+    name: str,
+    y_range: tuple[float, float] | None = None,
+    reference: tuple[float, str] | None = None,
+) -> Picture:
+    """Draw curves over `x`: a series is `y`, `(y, low, high)` with its interval as a band, or a list of intervals."""
+    drawn = {label: {"x": _floats(x), **_curve(y), "labels": []} for label, y in series.items()}
+    for label, curve in drawn.items():
+        if len(curve["y"]) != len(curve["x"]):
+            raise ValueError(
+                f"The curve {label!r} of {name} has {len(curve['y'])} values for {len(curve['x'])} places."
+            )
+    return _picture(name, Drawing("lines", title, x_title, y_title, drawn, y_range=y_range, reference=reference))
+
+
+def bars(
+    values: Mapping[str, Any],
+    title: str = "",
+    y_title: str = "",
+    *,
+    name: str,
+    x_title: str = "",
+    y_range: tuple[float, float] | None = None,
+    reference: tuple[float, str] | None = None,
+) -> Picture:
+    """Draw `{bar: value}` or grouped `{bar: {group: value}}`; a value is a number or an interval (a whisker)."""
+    groups: dict[str, dict[str, Any]] = {}
+    for bar, value in values.items():
+        for group, inner in (value if isinstance(value, Mapping) else {"": value}).items():
+            groups.setdefault(group, {})[bar] = inner
+    order = list(values)
+    drawn = {}
+    for group, inner in groups.items():
+        curve = _curve([inner[b] for b in order if b in inner])
+        drawn[group] = {"x": [float(i) for i, b in enumerate(order) if b in inner], **curve, "labels": []}
+    labels = tuple(map(str, order))
+    made = Drawing("bars", title, x_title, y_title, drawn, x_labels=labels, y_range=y_range, reference=reference)
+    return _picture(name, made)
+
+
+def heatmap(
+    matrix: Any,
+    title: str = "",
+    x_title: str = "",
+    y_title: str = "",
+    *,
+    name: str,
+    x_labels: Sequence[Any] = (),
+    y_labels: Sequence[Any] = (),
+    diverging: bool = False,
+) -> Picture:
+    """Draw a matrix, row 0 at the top; `diverging` centres the colours on zero for signed values; NaN stays empty."""
+    grid = np.asarray(matrix, dtype=float)
+    if grid.ndim != 2:
+        raise ValueError(f"The heatmap {name} needs a matrix, not shape {grid.shape}.")
+    rows = [[None if not np.isfinite(v) else _short(v) for v in row] for row in grid]
+    xs = tuple(map(str, x_labels)) or tuple(map(str, range(grid.shape[1])))
+    ys = tuple(map(str, y_labels)) or tuple(map(str, range(grid.shape[0])))
+    return _picture(name, Drawing("heatmap", title, x_title, y_title, {}, rows, xs, ys, diverging=diverging))
+
+
+def scatter(
+    x: Sequence[float],
+    y: Sequence[float],
+    labels: Sequence[Any] = (),
+    title: str = "",
+    x_title: str = "",
+    y_title: str = "",
+    *,
+    name: str,
+    groups: Sequence[Any] = (),
+    reference: tuple[float, str] | None = None,
+) -> Picture:
+    """Draw points; `labels` show on hover, `groups` (one name per point) give colours."""
+    kinds = [str(g) for g in groups] or [""] * len(x)
+    if not len(x) == len(y) == len(kinds) or (len(labels) and len(labels) != len(x)):
+        raise ValueError(f"The scatter {name} needs as many x, y, labels and groups as points ({len(x)}).")
+    drawn: dict[str, dict[str, list]] = {}
+    for i, (a, b, kind) in enumerate(zip(_floats(x), _floats(y), kinds, strict=True)):
+        points = drawn.setdefault(kind, {"x": [], "y": [], "low": [], "high": [], "labels": []})
+        points["x"].append(a)
+        points["y"].append(b)
+        points["labels"].append(str(labels[i]) if len(labels) else "")
+    return _picture(name, Drawing("scatter", title, x_title, y_title, drawn, reference=reference))
+
+
+def _picture(name: str, drawing: Drawing) -> Picture:
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(
+            f"A figure's name is its file's name: {name!r} must be lower-case letters, digits and underscores."
+        )
+    svg = draw(drawing, COLORS, salt=name)
+    write_text(results_dir() / "figures" / f"{name}.svg", svg)
+    return Picture(name, _plotly(drawing), svg, _in_words(drawing))
+
+
+def _short(value: Any) -> float:
+    return float(f"{float(value):.5g}")
+
+
+def _floats(values: Any) -> list[float]:
+    return [_short(v) for v in values]
+
+
+def _curve(values: Any) -> dict[str, list]:
+    """Return y, low and high of numbers, of intervals, or of a tuple (y, low, high) with None for no band."""
+    if isinstance(values, tuple) and len(values) == 3 and np.ndim(values[0]) == 1:
+        y, low, high = values
+        return {
+            "y": _floats(y),
+            "low": [] if low is None else _floats(low),
+            "high": [] if high is None else _floats(high),
+        }
+    values = list(values)
+    if values and all(hasattr(v, "low") for v in values):
+        return {
+            "y": _floats(v.estimate for v in values),
+            "low": _floats(v.low for v in values),
+            "high": _floats(v.high for v in values),
+        }
+    return {"y": _floats(getattr(v, "estimate", v) for v in values), "low": [], "high": []}
+
+
+def _in_words(d: Drawing) -> str:
+    said = [d.title or d.kind]
+    for name, s in d.series.items():
+        ends = (
+            [""] * len(s["y"])
+            if not s["low"]
+            else [f" [{cell(a)}, {cell(b)}]" for a, b in zip(s["low"], s["high"], strict=True)]
+        )
+        places = d.x_labels and [d.x_labels[int(x)] for x in s["x"]] or [f"{x:g}" for x in s["x"]]
+        points = [f"{p}: {cell(y)}{e}" for p, y, e in zip(places, s["y"], ends, strict=True)]
+        shown = points if len(points) <= 12 else [*points[:12], f"… {len(points)} points in all"]
+        said.append(f"  {name or d.y_title or 'values'}: " + "; ".join(shown))
+    if d.grid:
+        said.append(f"  {len(d.grid)} × {len(d.grid[0])} values")
+    return "\n".join(said)
+
+
+def _plotly(d: Drawing) -> go.Figure:
+    """Build the moving picture with plain lists, a fixed size and no template, so that a saved notebook stays small."""
+    figure = go.Figure()
+    for i, (name, s) in enumerate(d.series.items()):
+        color = COLORS[i % len(COLORS)]
+        places = [d.x_labels[int(x)] for x in s["x"]] if d.kind == "bars" else s["x"]
+        if d.kind == "lines" and s["low"]:
+            fill = {"fill": "toself", "fillcolor": color, "opacity": 0.15, "line": {"width": 0}, "hoverinfo": "skip"}
+            figure.add_scatter(
+                x=places + places[::-1], y=s["high"] + s["low"][::-1], mode="lines", showlegend=False, **fill
+            )
+        if d.kind == "bars":
+            up = [b - y for y, b in zip(s["y"], s["high"], strict=False)]
+            down = [y - a for y, a in zip(s["y"], s["low"], strict=False)]
+            error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down} if s["low"] else None
+            figure.add_bar(x=places, y=s["y"], name=name, marker={"color": color}, error_y=error)
+        else:
+            mode = "lines+markers" if d.kind == "lines" else "markers"
+            text = s["labels"] if any(s["labels"]) else None
+            figure.add_scatter(x=places, y=s["y"], name=name, mode=mode, marker={"color": color}, text=text)
+    if d.grid is not None:
+        top = max((abs(v) for row in d.grid for v in row if v is not None), default=1.0) or 1.0
+        colors = (
+            {"colorscale": "RdBu", "reversescale": True, "zmin": -top, "zmax": top}
+            if d.diverging
+            else {"colorscale": "Viridis"}
+        )
+        figure.add_heatmap(z=d.grid, x=list(d.x_labels), y=list(d.y_labels), **colors)
+        figure.update_yaxes(autorange="reversed")
+    if d.reference:
+        value, words = d.reference
+        figure.add_hline(y=value, line={"dash": "dash", "color": "#555555", "width": 1}, annotation={"text": words})
+    axis = {"gridcolor": "#e5e5e5", "linecolor": "#333333", "zeroline": False, "automargin": True}
+    figure.update_layout(
+        template="none", title={"text": d.title, "x": 0.02}, width=720, height=400, paper_bgcolor="white",
+        plot_bgcolor="white", font={"family": "sans-serif", "size": 13}, margin={"l": 60, "r": 20, "t": 50, "b": 50},
+        showlegend=len(d.series) > 1 or any(d.series), xaxis={**axis, "title": {"text": d.x_title}},
+        yaxis={**axis, "title": {"text": d.y_title}, **({"range": list(d.y_range)} if d.y_range else {})},
+    )  # fmt: skip
+    figure.layout.template = None
+    if d.kind == "heatmap":
+        figure.update_xaxes(type="category")
+        figure.update_yaxes(type="category")
+    return figure

@@ -1,0 +1,53 @@
+"""Tables that read as HTML in a browser and as aligned text everywhere else; every cell is escaped."""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows ready to show; JupyterLab shows `_repr_html_`, a terminal the text."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+    def _repr_html_(self) -> str:
+        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        head = "".join(f'<th style="text-align:left">{html.escape(c)}</th>' for c in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(c)}</td>' for c in row) + "</tr>"
+            for row in self.rows
+        )
+        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def __repr__(self) -> str:
+        widths = [max(len(r[i]) for r in (self.columns, *self.rows)) for i in range(len(self.columns))]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in (self.columns, *self.rows)
+        ]
+        return "\n".join([self.caption, *lines] if self.caption else lines)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, caption: str = "") -> Table:
+    """Return a table of dictionaries, with the first row's columns unless given; ValueError without rows and columns.
+
+    Floats show three digits, intervals as `0.78 [0.70, 0.85]`.
+    """
+    if not rows and columns is None:
+        raise ValueError("A table needs rows, or the names of its columns.")
+    names = tuple(columns if columns is not None else rows[0])
+    return Table(names, tuple(tuple(cell(row.get(name, "")) for name in names) for row in rows), caption)
+
+
+def cell(value: Any) -> str:
+    """Return a value as short text: three digits for a float, `estimate [low, high]` for an interval."""
+    if value is None:
+        return ""
+    if all(hasattr(value, k) for k in ("estimate", "low", "high")):
+        return f"{cell(float(value.estimate))} [{cell(float(value.low))}, {cell(float(value.high))}]"
+    if isinstance(value, float):
+        return f"{value:.2f}" if 0.1 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
+    return str(value)
