@@ -5,7 +5,8 @@ Residual arithmetic this module vouches for, layer by layer:
     resid_mid  = resid_pre + attn_out          attn_out = o_proj(z)           (Llama, Qwen2, Gemma)
     resid_post = resid_mid + mlp_out           attn_out = norm(o_proj(z))     (Gemma2, Gemma3: "sandwich" norms)
 
-so `attn_out` and `mlp_out` always mean *what is added to the residual stream*, after the post-norms where a model has them.
+so `attn_out` and `mlp_out` always mean *what is added to the residual stream*, after the post-norms where a model has
+them.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ _FOREIGN = ("residual_multiplier", "logits_scaling", "logit_scale", "use_paralle
 
 @dataclass(frozen=True)
 class Arch:
-    """Sizes and parts of one decoder (`layer` counts from 0; heads are *query* heads, of which GQA has more than key-value heads).
+    """Sizes and parts of one decoder (`layer` counts from 0; heads are *query* heads, of which GQA has more than
+    key-value heads).
 
-    Shapes: z is [batch, seq, n_heads * d_head] (not always d_model: see Gemma), neurons [batch, seq, d_mlp], the rest [batch, seq, d_model].
+    Shapes: z is [batch, seq, n_heads * d_head] (not always d_model: see Gemma), neurons [batch, seq, d_mlp], the rest
+    [batch, seq, d_model].
     Story: notebook 00.
     """
 
@@ -99,18 +102,22 @@ class Arch:
         return self.decoder.get_input_embeddings().weight.device
 
     def logits(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
-        """lm_head (and Gemma's soft cap) on final-normed hidden states: the model's own logits, at chosen positions only."""
+        """lm_head (and Gemma's soft cap) on final-normed hidden states: the model's own logits, at chosen positions
+        only.
+        """
         logits = self.lm_head(hidden)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 def norm_gain(norm: nn.Module) -> Float[Tensor, "d_model"]:
-    """Per-coordinate gain of an RMSNorm in float32: its weight (Llama, Qwen2) or 1 + weight (Gemma), found by asking the module."""
+    """Per-coordinate gain of an RMSNorm in float32: its weight (Llama, Qwen2) or 1 + weight (Gemma), found by asking
+    the module.
+    """
     probe = torch.full_like(norm.weight, 1e4, dtype=torch.float32)  # large, so that eps does not matter
     return norm(probe).detach().float()
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> nn.Module:
     """The Hugging Face causal LM inside a LoadedModel or PEFT wrapper, or the model itself."""
     model = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
@@ -118,15 +125,18 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def find_arch(model: nn.Module) -> Arch:
-    """Find the parts of a causal LM (bare, or wrapped by peft); ValueError with one sentence when it is of another family.
+def find_arch(model: Any) -> Arch:
+    """Find the parts of a causal LM (bare, or wrapped by peft); ValueError with one sentence when it is of another
+    family.
 
     Story: notebook 00. Residual definitions: top of this module.
     """
     model = unwrap(model)
     name = type(model).__name__
     if name == "TransformerBridge":
-        raise ValueError("This is a TransformerBridge: pass the Hugging Face model (load_model) here and use the bridge's own hooks with it.")
+        raise ValueError(
+            "This is a TransformerBridge: pass the Hugging Face model (load_model) here; the bridge has hooks of its own."
+        )
     decoder = _decoder(model)
     layers = list(getattr(decoder, "layers", []))
     if not layers:
@@ -137,7 +147,9 @@ def find_arch(model: nn.Module) -> Arch:
     config = model.config.get_text_config(decoder=True)
     for key in _FOREIGN:
         if getattr(config, key, None) not in (None, False, 1, 1.0):
-            raise ValueError(f"{name} uses `{key}`, which these hooks do not model: use a {FAMILIES} causal language model.")
+            raise ValueError(
+                f"{name} uses `{key}`, which these hooks do not model: use a {FAMILIES} causal language model."
+            )
     sandwich = hasattr(layers[0], "pre_feedforward_layernorm") and hasattr(layers[0], "post_feedforward_layernorm")
     n_heads = config.num_attention_heads
     return Arch(
@@ -161,7 +173,9 @@ def _decoder(model: nn.Module) -> Any:
     inner = getattr(model, "model", None)
     inner = getattr(inner, "language_model", inner)  # Gemma3 with a vision tower
     if inner is None or not hasattr(inner, "norm") or getattr(model, "get_output_embeddings", lambda: None)() is None:
-        raise ValueError(f"{type(model).__name__} is not a causal language model this code knows: use a {FAMILIES} one.")
+        raise ValueError(
+            f"{type(model).__name__} is not a causal language model this code knows: use a {FAMILIES} one."
+        )
     return inner
 
 

@@ -1,9 +1,12 @@
 """Greedy generation and answer log-probabilities: the two hot loops of every notebook.
 
-Rows are sorted by length before batching and returned in their original order. Generation pads on the left and keeps a key-value cache;
-scoring pads on the right (a causal model never sees padding to its right, so no mask is needed) and asks lm_head only for the positions
-that predict answer tokens. Hooks (helpers.hooks) entered around these calls act in them; `positions="answer"` refers to the rows' own
-answer starts here. Checked against Hugging Face's `generate` and plain loops in tests/test_generation.py. Story: notebook 00.
+Rows are sorted by length before batching and returned in their original order. Generation pads on the left and keeps a
+key-value cache; scoring pads on the right (a causal model never sees padding to its right, so no mask is needed) and
+asks lm_head only for the positions
+that predict answer tokens. Hooks (helpers.hooks) entered around these calls act in them; `positions="answer"` refers to
+the rows' own
+answer starts here. Checked against Hugging Face's `generate` and plain loops in tests/test_generation.py. Story:
+notebook 00.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from .models import LoadedModel
 
 @dataclass(frozen=True)
 class Completion:
-    """One greedy answer: its text without special tokens, whether the model ended it itself, and its tokens (end token included)."""
+    """One greedy answer: its text without special tokens, whether the model ended it itself, and its tokens (end token
+    included).
+    """
 
     text: str
     finished: bool
@@ -31,17 +36,23 @@ class Completion:
 
 
 def pad_left(seqs: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    """Ids padded on the left to one length, and a mask that is True on real tokens; ValueError when there is nothing to pad."""
+    """Ids padded on the left to one length, and a mask that is True on real tokens; ValueError when there is nothing to
+    pad.
+    """
     return _pad(seqs, pad_id, left=True)
 
 
 def pad_right(seqs: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    """Ids padded on the right to one length, and a mask that is True on real tokens; ValueError when there is nothing to pad."""
+    """Ids padded on the right to one length, and a mask that is True on real tokens; ValueError when there is nothing
+    to pad.
+    """
     return _pad(seqs, pad_id, left=False)
 
 
 @torch.inference_mode()
-def generate(lm: LoadedModel, users: Sequence[str], *, max_new_tokens: int = 48, batch_size: int = 64) -> list[Completion]:
+def generate(
+    lm: LoadedModel, users: Sequence[str], *, max_new_tokens: int = 48, batch_size: int = 64
+) -> list[Completion]:
     """Greedy answers to the user prompts, in their order; equal to Hugging Face's `generate` one by one.
 
     ValueError for no prompts, an empty prompt, or a prompt that with its answer would exceed the context.
@@ -64,9 +75,11 @@ def generate(lm: LoadedModel, users: Sequence[str], *, max_new_tokens: int = 48,
 def completion_logprobs(
     lm: LoadedModel, users: Sequence[str], answers: Sequence[str], *, batch_size: int = 64, include_end: bool = False
 ) -> Float[Tensor, "n"]:
-    """log P(answer | prompt) in nats: the sum over the answer's tokens (and the end-of-turn token with `include_end`), float32 on CPU.
+    """log P(answer | prompt) in nats: the sum over the answer's tokens (and the end-of-turn token with `include_end`),
+    float32 on CPU.
 
-    Log-softmax is taken in float32 at the answer's positions only. ValueError for empty lists, unequal lengths, or an empty prompt or answer.
+    Log-softmax is taken in float32 at the answer's positions only. ValueError for empty lists, unequal lengths, or an
+    empty prompt or answer.
     """
     prompts, answers_ids = answer_rows(lm, users, answers, include_end=include_end)
     arch, total = lm.arch, torch.zeros(len(prompts))
@@ -118,7 +131,9 @@ def prompt_rows(lm: LoadedModel, users: Sequence[str]) -> list[list[int]]:
 def answer_rows(
     lm: LoadedModel, users: Sequence[str], answers: Sequence[str], *, include_end: bool = False
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts and of their answers, row by row; ValueError when the two lists differ in length or a row is too long."""
+    """Token ids of prompts and of their answers, row by row; ValueError when the two lists differ in length or a row is
+    too long.
+    """
     prompts = prompt_rows(lm, users)
     if isinstance(answers, str) or len(users) != len(answers):
         given = "one string" if isinstance(answers, str) else f"{len(answers)} answers"
@@ -135,7 +150,7 @@ def check_lengths(lm: LoadedModel, lengths: Sequence[int], what: str = "") -> No
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[longest] > context:
         raise ValueError(
-            f"Prompt {longest}{what} takes {lengths[longest]} tokens but the context of {lm.name} holds {context}: shorten it."
+            f"Prompt {longest}{what} takes {lengths[longest]} tokens, more than the {context} of {lm.name}: shorten it."
         )
 
 
@@ -149,7 +164,9 @@ def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 def _greedy(lm: LoadedModel, arch: Arch, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy tokens of one batch: one prefill, then one token per row and step with a cache; rows that ended leave the batch."""
+    """Greedy tokens of one batch: one prefill, then one token per row and step with a cache; rows that ended leave the
+    batch.
+    """
     ids, mask = pad_left(prompts, lm.pad_id)
     ids, mask = ids.to(arch.device), mask.to(arch.device)
     position = (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -162,7 +179,11 @@ def _greedy(lm: LoadedModel, arch: Arch, prompts: list[list[int]], max_new_token
     for step in range(max_new_tokens):
         with answer_starts(prefill):
             out = arch.decoder(
-                input_ids=ids, attention_mask=fast(mask, ids.shape[1]), position_ids=position, past_key_values=cache, use_cache=True
+                input_ids=ids,
+                attention_mask=fast(mask, ids.shape[1]),
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
             )
         token = arch.logits(out.last_hidden_state[:, -1]).argmax(-1)
         steps.append((alive, token))
@@ -179,7 +200,9 @@ def _greedy(lm: LoadedModel, arch: Arch, prompts: list[list[int]], max_new_token
 
 
 def _mask_maker(arch: Arch, cache: DynamicCache) -> Callable[[Tensor, int], Tensor]:
-    """Attention masks ready for sdpa (which saves Hugging Face's mask building at each token), or the plain mask where layers differ."""
+    """Attention masks ready for sdpa (which saves Hugging Face's mask building at each token), or the plain mask where
+    layers differ.
+    """
     plain = arch.decoder.config._attn_implementation == "sdpa" and not any(cache.is_sliding)
 
     def make(mask: Tensor, n_new: int) -> Tensor:
@@ -220,4 +243,6 @@ def _pad(seqs: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor
 
 def _require_finite(lm: LoadedModel, x: Tensor) -> None:
     if not torch.isfinite(x).all():
-        raise RuntimeError(f"{lm.name} produced values that are not finite in {lm.dtype}: load it in float32 or bfloat16, or steer less.")
+        raise RuntimeError(
+            f"{lm.name} produced NaN or infinity in {lm.dtype}: load it in float32 or bfloat16, or steer less."
+        )

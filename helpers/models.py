@@ -1,6 +1,8 @@
-"""The one way in for a model: `load_model("any/hf-id-or-local-path")` with its tokenizer, chat prompt, device and dtype.
+"""The one way in for a model: `load_model("any/hf-id-or-local-path")` with its tokenizer, chat prompt, device and
+dtype.
 
-Nothing here trusts remote code. A TransformerBridge for exploring is made on its own copy (booting one mutates the Hugging Face model).
+Nothing here trusts remote code. A TransformerBridge for exploring is made on its own copy (booting one mutates the
+Hugging Face model).
 """
 
 from __future__ import annotations
@@ -18,18 +20,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .arch import Arch, find_arch, norm_gain, unwrap
+from .config import ROOT
 
-__all__ = ["Arch", "LoadedModel", "boot_bridge", "find_arch", "load_model", "norm_gain", "pick_device", "unwrap", "wrap_model"]
-
-ROOT = Path(__file__).resolve().parents[1]
+__all__ = [
+    "Arch",
+    "LoadedModel",
+    "boot_bridge",
+    "find_arch",
+    "load_model",
+    "norm_gain",
+    "pick_device",
+    "unwrap",
+    "wrap_model",
+]
 
 
 @dataclass
 class LoadedModel:
     """A causal LM with what is needed to talk to it; `reason` says why this device and dtype. Story: notebook 00."""
 
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    model: nn.Module = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     name: str
     device: torch.device
     dtype: torch.dtype
@@ -42,20 +53,26 @@ class LoadedModel:
         return find_arch(self.model)
 
     def prompt_ids(self, user: str, system: str | None = None) -> list[int]:
-        """Token ids of one user turn in the chat template, generation prompt added; ValueError when empty or when `system` is unsupported."""
+        """Token ids of one user turn in the chat template, generation prompt added; ValueError when empty or when
+        `system` is unsupported.
+        """
         if not isinstance(user, str) or not user.strip():
             raise ValueError("A prompt is empty: give every prompt some text.")
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": user})
         try:
-            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+            return self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
         except Exception as error:  # jinja2.TemplateError, raised by templates without a system role
             if system and "jinja" in type(error).__module__:
-                raise ValueError(f"The chat template of {self.name} takes no system message: put it into the user's text.") from error
+                raise ValueError(
+                    f"The chat template of {self.name} takes no system message: put it into the user's text."
+                ) from error
             raise
 
     def answer_ids(self, text: str) -> list[int]:
-        """Token ids of an answer as it follows the generation prompt (no special tokens); ValueError when it has none."""
+        """Token ids of an answer as it follows the generation prompt, no special tokens; ValueError when it has none."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError("An answer is empty: give every answer some text.")
@@ -91,7 +108,11 @@ def pick_device() -> tuple[torch.device, torch.dtype, str]:
             return torch.device("cuda"), torch.bfloat16, f"CUDA ({name}) computes in bfloat16 natively."
         return torch.device("cuda"), torch.float16, f"CUDA ({name}) has no native bfloat16, so float16."
     if torch.backends.mps.is_available():
-        return torch.device("mps"), torch.float32, "Apple GPU (MPS); float32 because half precision differs between macOS versions."
+        return (
+            torch.device("mps"),
+            torch.float32,
+            "Apple GPU (MPS); float32 because half precision differs between macOS versions.",
+        )
     return torch.device("cpu"), torch.float32, f"No GPU found; CPU in float32 with {torch.get_num_threads()} threads."
 
 
@@ -106,8 +127,10 @@ def load_model(
 ) -> LoadedModel:
     """Load any Hugging Face causal LM by id or folder, in eval mode with gradients off.
 
-    `template` (Jinja) replaces or supplies the chat template. Errors, each one sentence: FileNotFoundError (no such model), RuntimeError (gated
-    without a token, too little memory), ValueError (not a causal LM, no chat template, unknown dtype). Story: notebook 00.
+    `template` (Jinja) replaces or supplies the chat template. Errors, each one sentence: FileNotFoundError (no such
+    model), RuntimeError (gated
+    without a token, too little memory), ValueError (not a causal LM, no chat template, unknown dtype). Story: notebook
+    00.
     """
     source = _locate(path)
     default_device, default_dtype, reason = pick_device()
@@ -129,19 +152,24 @@ def load_model(
     if template is not None:
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
-        raise ValueError(f"{path} has no chat template: choose its instruct version, or pass template= with a Jinja chat template.")
+        raise ValueError(
+            f"{path} has no chat template: choose its instruct version, or pass template= with a Jinja chat template."
+        )
     model = model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, str(path), device, dtype, reason)
 
 
 def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str = "in memory") -> LoadedModel:
-    """A LoadedModel around a model already in memory (a PEFT model, one in training); its mode and gradients are left as they are."""
+    """A LoadedModel around a model already in memory (a PEFT model, one in training); its mode and gradients are left
+    as they are.
+    """
     parameter = next(model.parameters())
     return LoadedModel(model, tokenizer, name, parameter.device, parameter.dtype, "Already in memory.")
 
 
 def boot_bridge(path_or_lm: str | os.PathLike | LoadedModel) -> Any:
-    """A TransformerLens TransformerBridge on its own copy of the model (PEFT adapters merged), logits equal to Hugging Face's.
+    """A TransformerLens TransformerBridge on its own copy of the model (PEFT adapters merged), logits equal to Hugging
+    Face's.
 
     Use the canonical hook names (`blocks.L.attn.o.hook_in` is z). Needs memory for a second copy. Story: notebook 00.
     """
@@ -154,7 +182,9 @@ def boot_bridge(path_or_lm: str | os.PathLike | LoadedModel) -> Any:
     else:
         lm = load_model(path_or_lm)
         model = lm.model
-    return TransformerBridge.boot_transformers("local", hf_model=model, tokenizer=lm.tokenizer, device=lm.device, dtype=lm.dtype).eval()
+    return TransformerBridge.boot_transformers(
+        "local", hf_model=model, tokenizer=lm.tokenizer, device=lm.device, dtype=lm.dtype
+    ).eval()
 
 
 def _locate(path: str | os.PathLike) -> str:
@@ -165,7 +195,9 @@ def _locate(path: str | os.PathLike) -> str:
                 raise FileNotFoundError(f"{candidate} has no config.json: point to a folder in Hugging Face format.")
             return str(candidate)
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise FileNotFoundError(f"No model folder {text}: give a folder in Hugging Face format or a Hub id like `owner/name`.")
+        raise FileNotFoundError(
+            f"No model folder {text}: give a folder in Hugging Face format or a Hub id like `owner/name`."
+        )
     return text
 
 
@@ -210,8 +242,8 @@ def _require_memory(config: Any, dtype: torch.dtype, device: torch.device, path:
     if need > free:
         hint = "dtype=torch.bfloat16 or " if dtype == torch.float32 else ""
         raise RuntimeError(
-            f"{path} needs {need / 2**30:.1f} GiB for its weights in {str(dtype).removeprefix('torch.')} and {device.type} has "
-            f"{free / 2**30:.1f} GiB free: use {hint}a smaller model."
+            f"{path} needs {need / 2**30:.1f} GiB for its weights in {str(dtype).removeprefix('torch.')} and "
+            f"{device.type} has {free / 2**30:.1f} GiB free: use {hint}a smaller model."
         )
 
 
@@ -222,12 +254,20 @@ def _explained(path: str, source: str, error: BaseException) -> Exception:
         chain = chain.__cause__ or chain.__context__
     text = " ".join(seen)
     if "GatedRepo" in text or "gated repo" in text:
-        return RuntimeError(f"{path} is gated: accept its licence on huggingface.co and pass token= or run `hf auth login`.")
+        return RuntimeError(
+            f"{path} is gated: accept its licence on huggingface.co and pass token= or run `hf auth login`."
+        )
     if Path(source).is_dir():
-        return FileNotFoundError(f"{path} cannot be loaded as a model in safetensors format: {str(error).splitlines()[0]}")
+        return FileNotFoundError(
+            f"{path} cannot be loaded as a model in safetensors format: {str(error).splitlines()[0]}"
+        )
     if "LocalEntryNotFound" in text or "Connection" in text or "offline" in text.lower():
-        return FileNotFoundError(f"{path} is neither a local folder nor in the cache, and huggingface.co cannot be reached.")
-    return FileNotFoundError(f"{path} is neither a local folder nor a model on huggingface.co (or it is private and needs token=).")
+        return FileNotFoundError(
+            f"{path} is neither a local folder nor in the cache, and huggingface.co cannot be reached."
+        )
+    return FileNotFoundError(
+        f"{path} is neither a local folder nor a model on huggingface.co (or it is private and needs token=)."
+    )
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -242,5 +282,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     if ids and ids[0] in special:
         return ids[0]
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has neither an end-of-turn token in its chat template nor an eos token: set tokenizer.eos_token.")
+        raise ValueError(
+            "The tokenizer has no end-of-turn token in its chat template and no eos token: set tokenizer.eos_token."
+        )
     return tokenizer.eos_token_id

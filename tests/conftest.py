@@ -1,4 +1,6 @@
-"""Tiny random models of each family (grouped-query attention, a few thousand parameters) with a byte-level chat tokenizer."""
+"""Tiny random models of each family (grouped-query attention, a few thousand parameters) with a byte-level chat
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,13 @@ CONFIGS = {
     "qwen2": lambda **k: Qwen2Config(**{**COMMON, "num_hidden_layers": 2, "tie_word_embeddings": False}, **k),
     "gemma": lambda **k: GemmaConfig(**COMMON, head_dim=12, hidden_act="gelu_pytorch_tanh", **k),
     "gemma2": lambda **k: Gemma2Config(
-        **COMMON, head_dim=12, query_pre_attn_scalar=12, sliding_window=16, final_logit_softcapping=5.0, attn_logit_softcapping=3.0, **k
+        **COMMON,
+        head_dim=12,
+        query_pre_attn_scalar=12,
+        sliding_window=16,
+        final_logit_softcapping=5.0,
+        attn_logit_softcapping=3.0,
+        **k,
     ),
     "gemma3": lambda **k: Gemma3TextConfig(**COMMON, head_dim=12, query_pre_attn_scalar=12, sliding_window=16, **k),
 }
