@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from helpers.arch import norm_gain
 from helpers.finetune.bases import (
     check_orthonormal,
     difference_in_means,
@@ -68,16 +69,16 @@ class RefusalSubspace:
     @classmethod
     def from_latents(
         cls,
-        decoders: Mapping[int, Float[Tensor, "n d_z"]],
-        o_proj: Mapping[int, Float[Tensor, "d_model d_z"]],
-        effects: Mapping[int, Float[Tensor, " n"]] | None = None,
+        decoders: Mapping[int, Tensor],
+        o_proj: Mapping[int, Tensor],
+        effects: Mapping[int, Tensor] | None = None,
         *,
         rank: int | None = None,
         explained: float = 0.95,
         method: str = "sae latents",
     ) -> RefusalSubspace:
-        """Subspace spanned by the decoder rows of selected latents: {layer: rows} in z, and their image W_O·D in the
-        residual stream.
+        """Subspace spanned by the decoder rows of selected latents in z ({layer: [n, d_z]}), and their image W_O·D in
+        the residual stream (o_proj: {layer: [d_model, d_z]}).
 
         Rows are scaled by `effects` (mean contribution to refusal; default 1), so `explained` is a share of the
         effect. `rank` fixes the residual dimension instead. Raises ValueError when no latent was selected or a decoder
@@ -166,17 +167,6 @@ class ModuleBasis:
 Subspaces = dict[str, ModuleBasis]
 
 
-def norm_gain(norm: nn.Module, width: int) -> Float[Tensor, " d"]:
-    """Per-coordinate gain of an RMSNorm in float64, whatever its parametrisation (Llama: weight, Gemma: 1 + weight),
-    up to one factor.
-
-    Read off the module's own answer to a constant vector, whose root mean square is its value.
-    """
-    weight = next(norm.parameters())
-    with torch.no_grad():
-        return norm(torch.ones(1, 1, width, dtype=weight.dtype, device=weight.device))[0, 0].double()
-
-
 def fold_gain(basis: Float[Tensor, "d r"], gain: Float[Tensor, " d"]) -> Float[Tensor, "d r"]:
     """Basis of diag(gain)·U: where a subspace of the residual stream ends up after an RMSNorm, up to the norm's
     scalar.
@@ -203,13 +193,13 @@ def module_bases(
     names = {module: name for name, module in lm.model.named_modules()}
     bases: Subspaces = {}
     for layer in range(arch.n_layers) if layers is None else layers:
-        block = arch.layers[layer]
         for parent, pre, post in (
-            (arch.attn(layer), arch.norm_attn(layer), "post_attention_layernorm"),
-            (arch.mlp(layer), arch.norm_mlp(layer), "post_feedforward_layernorm"),
+            (arch.attn(layer), arch.norm_attn(layer), arch.attn_writer(layer)),
+            (arch.mlp(layer), arch.norm_mlp(layer), arch.mlp_writer(layer)),
         ):
-            reader = ModuleBasis("in", fold_gain(subspace.resid, norm_gain(pre, arch.d_model)).cpu())
-            writer = ModuleBasis("out", _behind_post_norm(subspace.resid, block, post, arch.d_model))
+            reader = ModuleBasis("in", fold_gain(subspace.resid, norm_gain(pre)).cpu())
+            behind = fold_gain(subspace.resid, norm_gain(post)).cpu() if arch.sandwich else subspace.resid.double()
+            writer = ModuleBasis("out", behind)
             for name, child in parent.named_children():
                 if name in READERS:
                     bases[names[child]] = reader
@@ -224,11 +214,3 @@ def module_bases(
                 )
             bases[names[arch.o_proj(layer)]] = ModuleBasis("in", basis)
     return bases
-
-
-def _behind_post_norm(basis: Tensor, block: nn.Module, name: str, width: int) -> Tensor:
-    # Only Gemma-2/3 style blocks, told by their pre_feedforward_layernorm, scale what a writer returns before it joins
-    # the stream.
-    if not hasattr(block, "pre_feedforward_layernorm"):
-        return basis.double()
-    return fold_gain(basis, norm_gain(getattr(block, name), width)).cpu()
