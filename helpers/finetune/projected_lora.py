@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -24,8 +23,6 @@ from transformers import TrainerCallback
 from helpers.finetune.adapters import PREFIX, RECORD, base_digest, linear_layers, read_adapter
 from helpers.finetune.subspace import ModuleBasis
 from helpers.models import LoadedModel
-
-Variant = Literal["projected", "as_published"]
 
 
 def add_lora(lm: LoadedModel, *, rank: int, alpha: float, seed: int) -> PeftModel:
@@ -72,7 +69,7 @@ class ProjectedLora:
     """
 
     def __init__(
-        self, model: PeftModel, subspaces: Mapping[str, ModuleBasis] | None = None, variant: Variant = "projected"
+        self, model: PeftModel, subspaces: Mapping[str, ModuleBasis] | None = None, variant: str = "projected"
     ) -> None:
         if variant not in ("projected", "as_published"):
             raise ValueError(f'The variant is "projected" or "as_published", not {variant!r}.')

@@ -1,7 +1,7 @@
 """A lean loop for chat fine-tuning with LoRA: loss on the answer alone, one seed for everything.
 
-Plain LoRA when no subspaces are given; otherwise the constraint of projected_lora after every step. Batches hold rows of
-similar length; right-padded rows need no mask in a causal model, and logits start at the first answer.
+Plain LoRA when no subspaces are given; otherwise the constraint of projected_lora after every step. Batches hold rows
+of similar length; right-padded rows need no mask in a causal model, logits start at the first answer.
 Notebook 06 tells the story.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from helpers.config import FinetuneConfig, artifacts_dir
 from helpers.finetune.adapters import load_adapter
-from helpers.finetune.projected_lora import ProjectedLora, Variant, add_lora
+from helpers.finetune.projected_lora import ProjectedLora, add_lora
 from helpers.finetune.subspace import ModuleBasis
 from helpers.models import LoadedModel, load_model
 from helpers.store import artifact, code_version, fingerprint, plain, to_json, write_json
@@ -130,7 +130,7 @@ def train(
     out: Path,
     *,
     subspaces: Mapping[str, ModuleBasis] | None = None,
-    variant: Variant = "projected",
+    variant: str = "projected",
     checkpoint: Path | None = None,
     every: int = 50,
 ) -> Path:
@@ -202,15 +202,15 @@ def finetune(
     rows: Sequence[dict],
     cfg: TrainConfig | FinetuneConfig,
     subspaces: Mapping[str, ModuleBasis] | None = None,
-    variant: Variant = "projected",
+    variant: str = "projected",
     *,
     seed: int | None = None,
     out: Path | None = None,
 ) -> Path:
     """Train one LoRA adapter on chat rows {prompt, answer}; returns its folder, at once when stored.
 
-    `lm_path` is a path, a Hugging Face id, or a LoadedModel (copied, not changed). `subspaces` constrains the update per
-    module. With `out` the adapter goes there and not to the store. Errors as in train().
+    `lm_path` is a path, a Hugging Face id, or a LoadedModel (copied, not changed). `subspaces` constrains the update
+    per module. With `out` the adapter goes there and not to the store. Errors as in train().
     """
     cfg = TrainConfig.of(cfg, seed)
     how = {"subspaces": subspaces, "variant": variant}
