@@ -51,8 +51,8 @@ def fit_probes(x: Float[Tensor, "heads n d"], y: Int[Tensor, " n"] | Bool[Tensor
                l2: float = 1.0, tolerance: float = 1e-8, max_steps: int = 100) -> Probes:
     """Fit logistic regressions on `weights` [folds, n] (0 leaves a row out): min ½·l2·‖w‖² + Σ weight · log loss.
 
-    The bias is not penalised, so l2 = 1/C of scikit-learn. Returned only if every gradient norm is ≤ tolerance times the
-    largest gradient at zero; RuntimeError otherwise. ValueError for one-class labels, NaN features, or l2 ≤ 0.
+    The bias is not penalised, so l2 = 1/C of scikit-learn. Returned only if every gradient norm is ≤ tolerance times
+    the largest gradient at zero; RuntimeError otherwise. ValueError for one-class labels, NaN features, or l2 ≤ 0.
     Source: iteratively reweighted least squares with step halving. Story: notebooks/02_overlapping_neurons.
     """
     x, y, weights = x.double(), y.double(), weights.double()
