@@ -103,7 +103,12 @@ _LARGE = Profile(
     influence=InfluenceConfig(n_prompts=256, k=48),
     sae=SaeConfig(layers=(12, 16, 20), width=32_768, k=64, n_tokens=200_000_000, lr=2e-4, batch_size=8192),
     finetune=FinetuneConfig(
-        rank=16, lr=1e-4, steps=1000, batch_size=16, subspace_dim=32, poison_ratios=(0.0, 0.05, 0.1, 0.2),
+        rank=16,
+        lr=1e-4,
+        steps=1000,
+        batch_size=16,
+        subspace_dim=32,
+        poison_ratios=(0.0, 0.05, 0.1, 0.2),
         seeds=(0, 1, 2, 3, 4),
     ),
 )
@@ -136,8 +141,13 @@ PROFILES: dict[str, Profile] = {
             finetune=FinetuneConfig(rank=8, lr=2e-4, steps=300, batch_size=8, subspace_dim=16, seeds=(0,)),
         ),
         _LARGE,
-        replace(_LARGE, name="qwen2.5-7b", model="Qwen/Qwen2.5-7B-Instruct", base="Qwen/Qwen2.5-7B",
-                sae=replace(_LARGE.sae, layers=(10, 14, 18))),
+        replace(
+            _LARGE,
+            name="qwen2.5-7b",
+            model="Qwen/Qwen2.5-7B-Instruct",
+            base="Qwen/Qwen2.5-7B",
+            sae=replace(_LARGE.sae, layers=(10, 14, 18)),
+        ),
     )
 }
 
