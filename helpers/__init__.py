@@ -1,1 +1,1 @@
-"""The companion's rooms: base modules here, one sub-package per notebook; imports point from base to rooms to notebooks."""
+"""The companion's rooms: base modules here, one sub-package per notebook, imports pointing one way."""

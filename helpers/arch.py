@@ -135,7 +135,7 @@ def find_arch(model: Any) -> Arch:
     name = type(model).__name__
     if name == "TransformerBridge":
         raise ValueError(
-            "This is a TransformerBridge: pass the Hugging Face model (load_model) here; the bridge has hooks of its own."
+            "This is a TransformerBridge: pass the Hugging Face model here; the bridge has hooks of its own."
         )
     decoder = _decoder(model)
     layers = list(getattr(decoder, "layers", []))

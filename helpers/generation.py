@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from .arch import Arch
-from .hooks import answer_starts
-from .models import LoadedModel
+from helpers.arch import Arch
+from helpers.hooks import answer_starts
+from helpers.models import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -71,34 +71,42 @@ def generate(
     return [Completion(text.strip(), ids[-1] in stops, len(ids)) for text, ids in zip(texts, done, strict=True)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def completion_logprobs(
     lm: LoadedModel, users: Sequence[str], answers: Sequence[str], *, batch_size: int = 64, include_end: bool = False
 ) -> Float[Tensor, "n"]:
-    """log P(answer | prompt) in nats: the sum over the answer's tokens (and the end-of-turn token with `include_end`),
-    float32 on CPU.
+    """log P(answer | prompt) in nats: summed over the answer's tokens (and the end-of-turn token with `include_end`).
 
-    Log-softmax is taken in float32 at the answer's positions only. ValueError for empty lists, unequal lengths, or an
-    empty prompt or answer.
+    float32 on CPU. ValueError for empty lists, unequal lengths, an empty prompt or answer, or a row beyond the context;
+    RuntimeError when the model produces NaN.
     """
     prompts, answers_ids = answer_rows(lm, users, answers, include_end=include_end)
     arch, total = lm.arch, torch.zeros(len(prompts))
     for rows in batches([len(p) + len(a) for p, a in zip(prompts, answers_ids, strict=True)], batch_size):
-        starts = torch.tensor([len(prompts[i]) - 1 for i in rows], device=arch.device)
-        ids, mask = pad_right([prompts[i] + answers_ids[i] for i in rows], lm.pad_id)
-        ids, mask = ids.to(arch.device), mask.to(arch.device)
-        with answer_starts(starts):
-            hidden = arch.decoder(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        scored = mask[:, 1:] & (torch.arange(ids.shape[1] - 1, device=arch.device) >= starts[:, None])
-        logprobs = arch.logits(hidden[scored]).float().log_softmax(-1)
-        picked = torch.zeros(scored.shape, device=arch.device)
-        picked[scored] = logprobs.gather(-1, ids[:, 1:][scored][:, None])[:, 0]
-        total[rows] = picked.sum(1).cpu()
+        total[rows] = batch_logprobs(lm, arch, [prompts[i] for i in rows], [answers_ids[i] for i in rows]).cpu()
     _require_finite(lm, total)
     return total
 
 
-@torch.inference_mode()
+def batch_logprobs(
+    lm: LoadedModel, arch: Arch, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> Float[Tensor, "batch"]:
+    """log P(answer | prompt) of one batch of token ids, differentiable: one forward, lm_head at answer positions only.
+
+    Log-softmax is taken in float32. Use under torch.no_grad() unless gradients are wanted.
+    """
+    starts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=arch.device)
+    ids, mask = pad_right([[*p, *a] for p, a in zip(prompts, answers, strict=True)], lm.pad_id)
+    ids, mask = ids.to(arch.device), mask.to(arch.device)
+    with answer_starts(starts):
+        hidden = arch.decoder(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    scored = mask[:, 1:] & (torch.arange(ids.shape[1] - 1, device=arch.device) >= starts[:, None])
+    logprobs = arch.logits(hidden[scored]).float().log_softmax(-1)
+    picked = logprobs.gather(-1, ids[:, 1:][scored][:, None])[:, 0]
+    return picked.new_zeros(len(prompts)).index_add(0, scored.nonzero()[:, 0], picked)
+
+
+@torch.no_grad()
 def next_token_logits(lm: LoadedModel, users: Sequence[str], *, batch_size: int = 64) -> Float[Tensor, "n vocab"]:
     """Logits of the first answer token after each prompt, float32 on CPU; errors as in `generate`."""
     prompts = prompt_rows(lm, users)

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .arch import Arch, find_arch
-from .sites import SITES, Edit, Site, attach, check_site, site_width
+from helpers.arch import Arch, find_arch
+from helpers.sites import SITES, Edit, Site, attach, check_site, site_width
 
 Positions = None | int | Tensor | Literal["answer"]
 

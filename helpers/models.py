@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .arch import Arch, find_arch, norm_gain, unwrap
-from .config import ROOT
+from helpers.arch import Arch, find_arch, norm_gain, unwrap
+from helpers.config import ROOT
 
 __all__ = [
     "Arch",
@@ -72,7 +72,7 @@ class LoadedModel:
             raise
 
     def answer_ids(self, text: str) -> list[int]:
-        """Token ids of an answer as it follows the generation prompt, no special tokens; ValueError when it has none."""
+        """Token ids of an answer as it follows the generation prompt (no specials); ValueError when it has none."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError("An answer is empty: give every answer some text.")

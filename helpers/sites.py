@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .arch import Arch
+from helpers.arch import Arch
 
 SITES = ("resid_pre", "z", "attn_out", "resid_mid", "neurons", "mlp_out", "resid_post")
 Site = tuple[str, int]
