@@ -45,7 +45,7 @@ class Ran:
 
 
 def run(folder: Path = FOLDER, only: list[str] | None = None, timings: Path = TIMINGS, record: bool = False) -> Ran:
-    """Execute the notebooks whose names start with one of `only` (default all) and save them; NotebookFailed on an error.
+    """Execute the notebooks named like one of `only` (default all) and save them; NotebookFailed on an error.
 
     `record` keeps the seconds of this run as the estimate for later ones; the first run of a notebook does so anyway.
     """

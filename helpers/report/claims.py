@@ -52,7 +52,7 @@ def claim(
     *,
     estimate: IntervalLike | None,
     control: tuple[str, IntervalLike] | None,
-    verdict: str,
+    verdict: Any,
     unit: str,
     n_prompts: int,
     n_seeds: int,
@@ -64,10 +64,13 @@ def claim(
 ) -> dict[str, Any]:
     """Write what this run found for one claim to `claims/<id>.json` and return it.
 
-    `verdict` comes from a rule in `helpers.evaluate.verdicts`; `details` may hold more numbers (siblings, seeds).
+    `verdict` comes from a rule in `helpers.evaluate.verdicts` (its object, or the word with a `reason`); `details` may
+    hold more numbers (siblings, seeds).
     ValueError: an unknown id or verdict, an interval without its estimate, or "untested" without a reason.
     """
     p = on or profile()
+    if hasattr(verdict, "verdict"):
+        verdict, reason = verdict.verdict, reason or verdict.reason
     if id not in CLAIMS:
         raise ValueError(f"There is no claim {id!r}; the claims are {', '.join(CLAIMS)}.")
     if verdict not in VERDICTS:
