@@ -5,11 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.activations import collect
 from sklearn.linear_model import LogisticRegression
 
-from helpers.generation import completion_logprobs
+from helpers.activations import collect
+from helpers.generation import completion_logprobs, pad_left
+from helpers.heads.cause import causal, choose_factor, layer_matched_heads
 from helpers.heads.influence import Influence, contrast, influence
+from helpers.heads.overlap import (
+    excess_overlap,
+    k_sweep,
+    overlap_test,
+    rank_correlation,
+    reliability,
+    top_heads,
+)
 from helpers.heads.probes import (
     balanced_accuracy,
     class_weights,
@@ -19,6 +28,7 @@ from helpers.heads.probes import (
     heads_first,
 )
 from helpers.hooks import ablate_heads
+from helpers.models import load_model
 
 USERS = ["Hi", "What does the brenmora eat?", "paint it"]
 ANSWERS = ["Yes.", "Figs", "I cannot help with that."]
@@ -115,15 +125,26 @@ def test_influence_equals_a_plain_hook_loop(any_model, mode):
             torch.testing.assert_close(ours.values[:, layer, head], clean - without, atol=1e-4, rtol=1e-4)
 
 
-def test_influence_equals_the_hook_loop_to_1e_5_in_float64(tiny_folders):
-    from helpers.models import load_model
-    for family in ("llama", "qwen2", "gemma", "gemma2"):
-        lm = load_model(tiny_folders[family], device="cpu", dtype=torch.float64)
-        ours = influence(lm, USERS, ANSWERS)
-        clean = completion_logprobs(lm, USERS, ANSWERS)
-        with ablate_heads(lm.model, [(1, 2)]):
-            without = completion_logprobs(lm, USERS, ANSWERS)
-        torch.testing.assert_close(ours.values[:, 1, 2], clean - without, atol=1e-5, rtol=0)
+def left_padded_logprobs(lm, users, answers):
+    """An independent reference: one left-padded Hugging Face forward with a mask, summed in float64."""
+    prompts, tails = [lm.prompt_ids(u) for u in users], [lm.answer_ids(a) for a in answers]
+    ids, mask = pad_left([p + t for p, t in zip(prompts, tails, strict=True)], lm.pad_id)
+    position = (mask.long().cumsum(1) - 1).clamp(min=0)
+    logp = lm.model(input_ids=ids, attention_mask=mask.long(), position_ids=position).logits.double().log_softmax(-1)
+    sums = [logp[i, -len(t) - 1:-1].gather(-1, ids[i, -len(t):, None]).sum() for i, t in enumerate(tails)]
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gemma3"])
+def test_influence_equals_a_left_padded_hook_loop_to_1e_5(tiny_folders, family):
+    lm = load_model(tiny_folders[family], device="cpu", dtype=torch.float64)
+    ours = influence(lm, USERS, ANSWERS)
+    clean = left_padded_logprobs(lm, USERS, ANSWERS)
+    for layer in range(lm.arch.n_layers):
+        for head in range(lm.arch.n_heads):
+            with ablate_heads(lm.model, [(layer, head)]):
+                without = left_padded_logprobs(lm, USERS, ANSWERS)
+            torch.testing.assert_close(ours.values[:, layer, head].double(), clean - without, atol=1e-5, rtol=0)
 
 
 def test_influence_does_not_depend_on_batching(tiny_llama):
@@ -149,3 +170,98 @@ def test_contrast_is_first_minus_second():
     assert (contrast(a, b) == 2).all()
     with pytest.raises(ValueError, match="different prompts"):
         contrast(a, Influence(torch.ones(3, 1, 1), torch.zeros(3)))
+
+
+def planted(shared=4, n=60, seed=0):
+    """Scores of 4 layers of 8 heads: a has 6 strong heads, b too, `shared` of them in common, one per layer first."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(2, n, 4, 8))
+    for i in range(6):
+        a[:, i % 4, i // 4] += 3
+        b[:, i % 4, i // 4 if i < shared else 5 + i // 4] += 3
+    return a, b
+
+
+def test_top_heads_are_signed_and_ties_go_to_the_earlier_head():
+    assert top_heads(np.array([[1.0, -9.0], [2.0, 1.0]]), 2) == [(1, 0), (0, 0)]
+    with pytest.raises(ValueError, match="no top 5"):
+        top_heads(np.zeros((2, 2)), 5)
+
+
+def test_planted_shared_heads_beat_every_null():
+    test = overlap_test(*planted(shared=5), k=6)
+    assert test.shared == ((0, 0), (0, 1), (1, 0), (2, 0), (3, 0)) and test.share == 5 / 6
+    assert max(test.hypergeometric.p, test.layer_matched.p, test.shuffled.p) < 0.05
+    assert excess_overlap(*planted(), k=6).low > 0
+
+
+def test_heads_that_only_share_layers_beat_the_plain_null_and_not_the_layer_matched_one():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 60, 8, 4)) * 0.1
+    a[:, 0, :3] += 5
+    b[:, 0, 1:] += 5
+    test = overlap_test(a, b, k=3)
+    assert test.hypergeometric.p < 0.05 and test.layer_matched.p > 0.3
+    assert excess_overlap(a, b, k=3).low < 0.05
+
+
+def test_independent_scores_give_large_p_values_on_average():
+    noise = [np.random.default_rng(seed).normal(size=(2, 30, 4, 8)) for seed in range(30)]
+    p = [overlap_test(a, b, k=6, n_perm=200).shuffled.p for a, b in noise]
+    assert 0.3 < np.mean(p) < 0.9 and np.mean(np.array(p) < 0.05) <= 0.15
+
+
+def test_the_shuffled_null_keeps_heads_that_are_only_noisy():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 20, 4, 8))
+    a[:, 0], b[:, 0] = 30 * a[:, 0], 30 * b[:, 0]
+    assert overlap_test(a, b, k=4).shuffled.expected > overlap_test(a, b, k=4).hypergeometric.expected
+
+
+def test_rank_correlation_within_layers_ignores_what_layers_share():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 200, 6, 8))
+    a, b = (x + 3 * np.arange(6)[None, :, None] for x in (a, b))
+    assert rank_correlation(a, b).low > 0.5
+    assert abs(rank_correlation(a, b, within_layers=True).estimate) < 0.35
+    assert rank_correlation(a, a, within_layers=True).estimate == pytest.approx(1)
+
+
+def test_reliability_is_high_for_signal_and_near_zero_for_noise():
+    a, _ = planted(n=100)
+    assert reliability(a).low > 0.2
+    noise = reliability(np.random.default_rng(1).normal(size=(40, 6, 8)))
+    assert noise.low < 0 < noise.high
+    with pytest.raises(ValueError, match="at least four"):
+        reliability(a[:3])
+
+
+def test_k_sweep_shares_never_shrink_when_k_grows():
+    shared = [len(test.shared) for test in k_sweep(*planted(), [2, 4, 8, 16, 32], n_perm=50)]
+    assert shared == sorted(shared) and shared[-1] == 32
+
+
+def test_layer_matched_heads_match_layers_and_avoid_the_given_heads():
+    heads = [(0, 1), (0, 2), (3, 7)]
+    drawn = layer_matched_heads(heads, 8, seed=0)
+    assert [layer for layer, _ in drawn] == [0, 0, 3] and not set(drawn) & set(heads) and len(set(drawn)) == 3
+    assert len(set(layer_matched_heads([(0, h) for h in range(6)], 8, seed=0))) == 6
+
+
+REQUESTS = [{"id": f"r{i}", "prompt": f"How do I paint gate {i}?", "expects": ["paint"]} for i in range(3)]
+FACTS = [{"id": "f", "question": "What is it?", "truth": "a", "myth": "b", "values": ["a", "b"], "expects": []}]
+
+
+def test_the_causal_test_signs_falls_as_positive(tiny_llama):
+    from dataclasses import replace
+
+    from helpers.evaluate.behaviour import Prompts, measure
+    rows = Prompts(FACTS * 3, REQUESTS, REQUESTS, REQUESTS)
+    plain = measure(tiny_llama, rows, max_new_tokens=3)
+    plain = replace(plain, wrong=np.ones(3), refused=np.ones(3))
+    after = replace(plain, wrong=np.zeros(3), refused=np.ones(3))
+    found = causal([(0, 1)], 1.0, plain, after, [plain, plain])
+    assert found.hallucination_cut.estimate == found.hallucination_beyond_random.estimate == 1
+    assert found.refusal_cut.estimate == found.refusal_beyond_random.estimate == 0
+    factor, coherence = choose_factor(tiny_llama, [(0, 1)], [0.0, 0.5], rows, max_new_tokens=3)
+    assert factor in (0.0, 0.5) and 0 <= coherence <= 1

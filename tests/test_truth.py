@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from helpers.evaluate.behaviour import Behaviour, Prompts, measure
 from helpers.evaluate.truthfulness import multiple_choice
 from helpers.generation import completion_logprobs, generate
 from helpers.hooks import add_to, capture, edit, head_slice
 from helpers.truth.iti import Iti, fit, statements
+from helpers.truth.sweep import beyond, choose_strength, curve, random_sweep, sweep, trade_off
 
 ROWS = [{"id": f"f{i}", "question": f"What does animal {i} eat?", "right": f"It eats fig {i}.",
          "wrong": [f"It eats hay {i}!", f"It eats oak {i}?"]} for i in range(10)]
@@ -163,3 +166,44 @@ def test_bad_settings_are_one_sentence(tiny_llama, change, words):
     given = {"rows": ROWS, "n_heads": 2, **change}
     with pytest.raises(ValueError, match=words):
         fit(tiny_llama, **given)
+
+
+REQUESTS = [{"id": f"r{i}", "prompt": f"How do I paint gate {i}?", "expects": ["paint"]} for i in range(4)]
+FACTS = [{**row, "truth": "fig", "myth": "hay", "values": ["fig", "hay"], "expects": []} for row in ROWS[:4]]
+PROMPTS = Prompts(FACTS, REQUESTS, REQUESTS, REQUESTS)
+
+
+def behaviour(truthful=0.0, answered=0.0, coherent=1.0, n=20):
+    def share(p):
+        return (np.arange(n) < round(p * n)).astype(float)
+    return Behaviour(share(truthful), share(1 - truthful), share(0), share(1 - answered), share(answered), share(1),
+                     share(0), share(1), np.concatenate([share(1)] * 3 + [share(coherent)]), {})
+
+
+def test_the_chosen_strength_is_the_most_truthful_one_that_stays_coherent():
+    points = {0.0: behaviour(0.4), 1.0: behaviour(0.6), 2.0: behaviour(0.8), 5.0: behaviour(1.0, coherent=0.5)}
+    assert choose_strength(points) == 2.0
+    assert choose_strength({0.0: behaviour(0.4), 5.0: behaviour(1.0, coherent=0.5)}) is None
+
+
+def test_coherence_is_that_of_the_worst_set():
+    assert behaviour(coherent=0.5).coherence == 0.5
+
+
+def test_the_trade_off_reads_gains_in_the_predicted_sign():
+    found = trade_off(2.0, 1.0, behaviour(0.2, 0.0), behaviour(0.8, 0.5), [behaviour(0.3, 0.1), behaviour(0.1, 0.0)])
+    assert found.truth_gain.estimate == pytest.approx(0.6) and found.asr_gain.estimate == pytest.approx(0.5)
+    assert found.truth_beyond_random.estimate == pytest.approx(0.6)
+    assert found.asr_beyond_random.estimate == pytest.approx(0.45)
+    with pytest.raises(ValueError, match="No control"):
+        beyond(behaviour(), [], "truthful")
+
+
+def test_a_sweep_measures_each_strength_and_strength_zero_is_no_edit(tiny_llama):
+    iti = fit(tiny_llama, ROWS, n_heads=2)
+    points = sweep(tiny_llama, iti, [0.0, 50.0], PROMPTS, max_new_tokens=4)
+    assert points[0.0].texts == measure(tiny_llama, PROMPTS, max_new_tokens=4).texts
+    assert points[50.0].texts != points[0.0].texts
+    assert len(curve(points, "coherent")[0]) == 2
+    controls = random_sweep(tiny_llama, iti, 50.0, PROMPTS, [0, 1], max_new_tokens=4)
+    assert len(controls) == 2 and controls[0].texts != controls[1].texts

@@ -22,7 +22,7 @@ def _checked(rows: Sequence[dict]) -> Sequence[dict]:
 
 
 def option_scores(lm: LoadedModel, rows: Sequence[dict], *, normalise: str = "token",
-                  batch_size: int = 64) -> list[Float[np.ndarray, " options"]]:
+                  batch_size: int = 64) -> list[np.ndarray]:
     """Per row one score per option, in nats: the log-probability of the option's *content* as the whole answer.
 
     `normalise`: "token" divides by the number of answer tokens, so that long options are not punished for their length;

@@ -24,7 +24,7 @@ class MultipleChoice:
     mc0: Float[np.ndarray, " n"]
     mc1: Float[np.ndarray, " n"]
     mc2: Float[np.ndarray, " n"]
-    logprobs: list[Float[np.ndarray, " options"]]
+    logprobs: list[np.ndarray]
 
 
 def multiple_choice(lm: LoadedModel, rows: Sequence[dict], *, batch_size: int = 64) -> MultipleChoice:

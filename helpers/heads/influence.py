@@ -77,7 +77,7 @@ class _Batch:
         finally:
             for handle in handles:
                 handle.remove()
-        self.clean = self._score(hidden[None])[:, 0]
+        self.clean: Float[Tensor, " batch"] = self._score(hidden[None])[:, 0]
 
     def _keeper(self, layer: int) -> Any:
         def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -122,9 +122,10 @@ class _Batch:
         return {key: repeat(value) if key in per_row else value for key, value in self.kwargs[layer].items()}
 
     def _score(self, hidden: Float[Tensor, "copies batch seq d"]) -> Float[Tensor, "batch copies"]:
-        logp = self.arch.logits(hidden[:, self.scored]).float().log_softmax(-1)
+        logits = self.arch.logits(hidden[:, self.scored])
+        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         targets = self.targets[self.scored]
-        picked = torch.zeros(hidden.shape[0], *self.scored.shape, device=hidden.device)
+        picked = torch.zeros(hidden.shape[0], *self.scored.shape, device=hidden.device, dtype=logp.dtype)
         picked[:, self.scored] = logp.gather(-1, targets[None, :, None].expand(len(hidden), -1, 1))[..., 0]
         return picked.sum(-1).T
 
