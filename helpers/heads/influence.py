@@ -50,10 +50,10 @@ def influence(lm: LoadedModel, users: Sequence[str], answers: Sequence[str], *, 
     clean = torch.empty(len(prompts))
     for rows in batches([len(p) + len(a) for p, a in zip(prompts, tails, strict=True)], batch_size):
         one = _Batch(lm, [prompts[i] for i in rows], [tails[i] for i in rows])
-        clean[rows] = one.clean.cpu()
+        clean[rows] = one.clean.float().cpu()
         for layer in range(arch.n_layers):
             means_here = None if mode == "zero" else means[layer]
-            values[rows, layer] = (one.clean[:, None] - one.without_heads(layer, means_here)).cpu()
+            values[rows, layer] = (one.clean[:, None] - one.without_heads(layer, means_here)).float().cpu()
     return Influence(values, clean)
 
 
