@@ -112,7 +112,6 @@ export function mount(el, state, { selected = null, onSelect = () => {}, fill = 
     empty.hidden = view.rows.length > 0;
     list.scrollTop = 0;
     if (view.rows.length && !view.rows.includes(view.current)) select(view.rows[0], { quiet: true });
-    else reveal();
     draw();
   }
 
@@ -197,7 +196,8 @@ export function mount(el, state, { selected = null, onSelect = () => {}, fill = 
       list.focus();
     }
   });
-  root.addEventListener("keydown", (event) => {
+  const keys = fill ? document : root; // alone on a page, the browser listens to all of it
+  const onKey = (event) => {
     if (event.key === "/" && event.target !== box) {
       event.preventDefault();
       box.focus();
@@ -208,7 +208,8 @@ export function mount(el, state, { selected = null, onSelect = () => {}, fill = 
       } else list.focus();
       hideTip();
     }
-  });
+  };
+  keys.addEventListener("keydown", onKey);
 
   const resize = new ResizeObserver(() => draw());
   resize.observe(list);
@@ -231,6 +232,7 @@ export function mount(el, state, { selected = null, onSelect = () => {}, fill = 
     destroy: () => {
       resize.disconnect();
       stopTheme();
+      keys.removeEventListener("keydown", onKey);
       el.replaceChildren();
     },
   };

@@ -32,6 +32,7 @@ const state = JSON.parse(document.getElementById("state").textContent);
 mount(document.getElementById("browser"), state, { fill: true });
 """
 STATIC_ROWS = 12
+PLAIN = "The most telling latents as a plain list (no browser above? run the cell, or trust the notebook)"
 
 
 def html_page(state: BrowserState) -> str:
@@ -77,7 +78,7 @@ def fallback_html(state: BrowserState, max_bytes: int = 300_000) -> str:
         f"<iframe title='{_escape(state.title)}' sandbox='allow-scripts' srcdoc='{attribute}' "
         "style='width:100%;height:780px;border:1px solid #8888;border-radius:8px'></iframe>"
     )
-    return f"{frame}<details><summary>The same as a plain list</summary>{static_table(state)}</details>"
+    return f"{frame}<details><summary>{PLAIN}</summary>{static_table(state)}</details>"
 
 
 def static_table(state: BrowserState, n_rows: int = STATIC_ROWS) -> str:

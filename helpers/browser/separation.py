@@ -1,4 +1,4 @@
-"""How well every latent separates two groups of prompts: all areas under the ROC curve at once, with their intervals."""
+"""How well every latent separates two groups of prompts: all areas under the ROC curve at once, with intervals."""
 
 from __future__ import annotations
 
