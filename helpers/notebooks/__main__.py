@@ -5,11 +5,14 @@ import sys
 import time
 from pathlib import Path
 
-from helpers.config import profile, results_dir
+from helpers.config import ROOT, profile, results_dir
+from helpers.notebooks.hygiene import bad_rules
 from helpers.notebooks.pairing import FOLDER, problems, sync
 from helpers.notebooks.progress import clock
 from helpers.notebooks.running import TIMINGS, NotebookFailed, run
 from helpers.report import collect_claims, html_report
+
+SANITIZER = ROOT / "tests" / "nbval_sanitize.cfg"
 
 
 def main(words: list[str] | None = None) -> int:
@@ -57,7 +60,7 @@ def _sync(given: argparse.Namespace) -> int:
 
 
 def _check(given: argparse.Namespace) -> int:
-    found = problems(given.folder)
+    found = problems(given.folder) + bad_rules(SANITIZER.read_text(encoding="utf-8"))
     print(*found, sep="\n", end="\n" if found else "")
     return 1 if found else 0
 

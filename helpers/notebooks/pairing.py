@@ -1,13 +1,11 @@
 """Every notebook is a pair: `NN_name.py` is the source, `NN_name.ipynb` the same cells executed.
 
 `sync` copies the source's cells into the executed notebook, `problems` says where a pair disagrees, was edited after it
-ran, or holds what a committed notebook must not (warnings, widget state, cells that never ran, a foreign kernel, more
-than a megabyte).
+ran, or is not clean.
 """
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import jupytext
@@ -17,13 +15,12 @@ from jupytext.config import load_jupytext_config
 from nbformat import NotebookNode
 
 from helpers.config import ROOT
+from helpers.notebooks.hygiene import unclean
 from helpers.store import write_text
 
 FOLDER = ROOT / "notebooks"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LANGUAGE = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python", "pygments_lexer": "ipython3"}
-SIZE_LIMIT = 1_000_000
-ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 
 
 def sources(folder: Path = FOLDER) -> list[Path]:
@@ -93,7 +90,7 @@ def problems(folder: Path = FOLDER) -> list[str]:
             found.append(f"{source.name}: was never executed; run `make reproduce`")
             continue
         text = source.with_suffix(".ipynb").read_text(encoding="utf-8")
-        found += [f"{source.stem}.ipynb: {sentence}" for sentence in _pair(source, executed) + _hygiene(executed, text)]
+        found += [f"{source.stem}.ipynb: {sentence}" for sentence in _pair(source, executed) + unclean(executed, text)]
     return found
 
 
@@ -105,35 +102,3 @@ def _pair(source: Path, executed: NotebookNode) -> list[str]:
     if ran != wanted:
         return ["was edited after it ran, so its outputs are not those of its cells; run `make reproduce`"]
     return []
-
-
-def _hygiene(nb: NotebookNode, text: str) -> list[str]:
-    found = []
-    if nb.metadata.get("kernelspec", {}).get("name") != "python3":
-        found.append(f"its kernel is {nb.metadata.get('kernelspec', {}).get('name')!r}, not python3")
-    if "widgets" in nb.metadata:
-        found.append("holds saved widget state, which GitHub cannot show")
-    if len(text.encode()) > SIZE_LIMIT:
-        found.append(f"is {len(text.encode()) / 1e6:.1f} MB; one megabyte is the limit")
-    code = [cell for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
-    for number, cell in enumerate(code, 1):
-        if cell.execution_count is None:
-            found.append(f"code cell {number} was never run, so nothing compares it")
-        for output in cell.outputs:
-            found += [f"code cell {number} {sentence}" for sentence in _bad_output(output)]
-    return found
-
-
-def _bad_output(output: NotebookNode) -> list[str]:
-    if output.output_type == "error":
-        return [f"ended in {output.ename}"]
-    if output.get("name") == "stderr":
-        return ["wrote to stderr"]
-    data = output.get("data", {"text/plain": output.get("text", "")})
-    found = (
-        ["holds a live widget, which is empty without a kernel"] if any("widget-view" in kind for kind in data) else []
-    )
-    plain = data.get("text/plain", "")
-    if ADDRESS.search(plain if isinstance(plain, str) else "".join(plain)):
-        found.append("shows an object's memory address, which changes with every run")
-    return found

@@ -62,7 +62,7 @@ class Picture:
 
 
 def lines(
-    x: Sequence[float],
+    x: Any,
     series: Mapping[str, Any],
     title: str = "",
     x_title: str = "",
@@ -129,8 +129,8 @@ def heatmap(
 
 
 def scatter(
-    x: Sequence[float],
-    y: Sequence[float],
+    x: Any,
+    y: Any,
     labels: Sequence[Any] = (),
     title: str = "",
     x_title: str = "",

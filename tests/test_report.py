@@ -1,0 +1,202 @@
+"""Checks compare, claims are complete, figures are still and small, and nothing shown can inject."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from helpers import report
+from helpers.config import profile
+from helpers.report import checks
+from helpers.report.__main__ import main
+from helpers.stats import Interval
+
+CLAIM = {
+    "estimate": Interval(0.3, 0.2, 0.4, 50),
+    "control": ("random direction", Interval(0.0, -0.1, 0.1, 50)),
+    "verdict": "reproduced",
+    "unit": "change of refusal rate",
+    "n_prompts": 50,
+    "n_seeds": 2,
+    "notebook": "01_the_trade_off",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMPANION_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.setattr(checks, "expected_file", lambda p: tmp_path / "expected" / f"{p.name}.json")
+    monkeypatch.delenv("COMPANION_ACCEPT", raising=False)
+    monkeypatch.delenv("COMPANION_PROFILE", raising=False)
+    return tmp_path
+
+
+def accepted(name, value, atol=None):
+    with pytest.raises(AssertionError):
+        report.check(name, value, atol=atol)
+    report.accept([name])
+
+
+def test_a_check_prints_the_same_line_for_every_value_within_tolerance(capsys):
+    accepted("x.rate", 0.5, atol=0.02)
+    report.check("x.rate", 0.485)
+    report.check("x.rate", 0.515)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second == "checked: x.rate is 0.5 ± 0.02"
+
+
+@pytest.mark.parametrize("value", [0.47, 0.53, -0.5, float("nan"), "0.5", True])
+def test_a_check_outside_its_tolerance_fails(value):
+    accepted("x.rate", 0.5, atol=0.02)
+    with pytest.raises(AssertionError, match="x.rate"):
+        report.check("x.rate", value)
+
+
+@pytest.mark.parametrize("value, other", [(5, 6), ("reproduced", "not reproduced"), (True, False), (True, 1)])
+def test_counts_words_and_truths_must_be_equal(value, other):
+    accepted("x", value)
+    report.check("x", value)
+    with pytest.raises(AssertionError):
+        report.check("x", other)
+
+
+def test_an_unknown_check_says_how_to_record_it_and_accepting_it_passes():
+    with pytest.raises(AssertionError, match=r"python -m helpers.report accept x\.new"):
+        report.check("x.new", 1.25)
+    assert main(["accept", "x.new"]) == 0
+    report.check("x.new", 1.25)
+
+
+def test_accepting_again_keeps_the_tolerance_written_by_hand(own_folders):
+    accepted("x", 0.5)
+    path = own_folders / "expected" / "organism.json"
+    path.write_text(json.dumps({"x": {"value": 0.5, "atol": 0.2}}))
+    report.check("x", 0.6)
+    report.accept(["x"])
+    assert json.loads(path.read_text()) == {"x": {"value": 0.6, "atol": 0.2}}
+
+
+def test_the_environment_variable_accepts_while_running(monkeypatch, capsys):
+    monkeypatch.setenv("COMPANION_ACCEPT", "1")
+    report.check("x", 0.5)
+    monkeypatch.delenv("COMPANION_ACCEPT")
+    report.check("x", 0.5)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
+def test_only_profiles_without_recorded_values_are_measured_unchecked(capsys):
+    report.check("x", 0.5, "llama3-8b")
+    assert capsys.readouterr().out.startswith("measured")
+    with pytest.raises(AssertionError):
+        report.check("x", 0.5, "organism")
+
+
+def test_a_claim_has_every_field_the_contract_names():
+    row = report.claim("C1", **CLAIM)
+    rows = report.collect_claims()
+    assert [r["id"] for r in rows] == ["C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8"]
+    assert rows[0] == json.loads(json.dumps(row))
+    fields = "id claim verdict estimate ci_low ci_high unit n_prompts n_seeds control notebook profile model device"
+    for r in rows:
+        assert set(f"{fields} code_version seconds reason".split()) <= set(r)
+    assert set(rows[0]["control"]) == {"name", "estimate", "ci_low", "ci_high"}
+    assert rows[1]["verdict"] == "untested" and rows[1]["reason"]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"verdict": "confirmed"}, "reproduced, not reproduced, untested"),
+        ({"verdict": "untested"}, "without a reason"),
+        ({"control": None}, "lacks an estimate or a control"),
+        ({"estimate": Interval(0.5, 0.6, 0.7, 9)}, "does not hold its estimate"),
+        ({"estimate": Interval(float("nan"), 0.0, 1.0, 9)}, "does not hold"),
+    ],
+)
+def test_a_claim_that_says_too_little_is_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        report.claim("C1", **{**CLAIM, **change})
+    with pytest.raises(ValueError, match="C1, C2"):
+        report.claim("C9", **CLAIM)
+
+
+def test_a_claim_takes_the_rules_verdict_with_its_reason():
+    class Ruled:
+        verdict, reason = "untested", "Truth did not rise."
+
+    row = report.claim("C1", **{**CLAIM, "verdict": Ruled()})
+    assert (row["verdict"], row["reason"]) == ("untested", "Truth did not rise.")
+
+
+def figures():
+    interval = Interval(0.5, 0.4, 0.6, 10)
+    yield report.lines([0, 1, 2], {"a": ([0.1, 0.2, 0.3], [0, 0.1, 0.2], [0.2, 0.3, 0.4])}, "A", "x", "y", name="lines_a")
+    yield report.lines([0, 1], {"a": [interval, interval], "b": [0.1, 0.2]}, name="lines_b", reference=(0.3, "chance"))
+    yield report.bars({"one": interval, "two": interval}, "B", "rate", name="bars_a", y_range=(0.0, 1.0))
+    yield report.bars({"one": {"u": interval, "v": 0.2}, "two": {"u": interval}}, "B", "rate", name="bars_b")
+    yield report.heatmap(np.array([[1.0, -2.0], [0.0, np.nan]]), "C", "head", "layer", name="heat", diverging=True)
+    yield report.scatter([1, 2], [3, 4], ["<b>x</b>", "y"], "D", "x", "y", name="points", groups=["g", "h"])
+
+
+def test_every_figure_holds_plotly_a_still_picture_and_words():
+    for picture in figures():
+        bundle = picture._repr_mimebundle_()
+        assert set(bundle) == {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"}
+        assert bundle["application/vnd.plotly.v1+json"]["data"]
+        ElementTree.fromstring(bundle["image/svg+xml"])
+        assert "NaN" not in json.dumps(bundle) and len(json.dumps(bundle)) < 60_000
+        saved = report.html.results_dir() / "figures" / f"{picture.name}.svg"
+        assert saved.read_text(encoding="utf-8") == picture.svg
+
+
+def test_the_same_numbers_give_the_same_bytes():
+    first = [(p.svg, p.plotly.to_json()) for p in figures()]
+    assert [(p.svg, p.plotly.to_json()) for p in figures()] == first
+    assert not any(re.search(r"<dc:date>|matplotlib\.org.*v\d", svg) for svg, _ in first)
+
+
+def test_the_moving_and_the_still_picture_show_the_same_numbers():
+    low, high = 0.25, 0.75
+    picture = report.bars({"one": Interval(0.5, low, high, 3)}, name="same")
+    bar = picture.plotly.data[0]
+    assert bar.y[0] - bar.error_y.arrayminus[0] == low and bar.y[0] + bar.error_y.array[0] == high
+    assert "0.50 [0.25, 0.75]" in picture.text
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda: report.lines([0, 1], {"a": [0.1]}, name="x"),
+        lambda: report.heatmap([1, 2], name="x"),
+        lambda: report.scatter([1], [1, 2], name="x"),
+        lambda: report.bars({"a": 1.0}, name="../escape"),
+        lambda: report.table([]),
+    ],
+)
+def test_figures_and_tables_refuse_what_does_not_fit(broken):
+    with pytest.raises(ValueError):
+        broken()
+
+
+def test_tables_escape_every_cell_and_align_as_text():
+    shown = report.table([{"<i>": "<script>alert(1)</script>", "n": Interval(0.5, 0.4, 0.6, 9)}], caption="a & b")
+    html = shown._repr_html_()
+    assert "<script>" not in html and "<i>" not in html and "a &amp; b" in html
+    assert repr(shown).splitlines()[2].endswith("0.50 [0.40, 0.60]")
+
+
+def test_the_report_needs_nothing_beside_it_and_escapes_what_it_shows():
+    report.claim("C1", **{**CLAIM, "unit": "<img src=x onerror=alert(1)>"})
+    report.bars({"one": 0.5}, name="shown")
+    path = report.html_report()
+    html = path.read_text(encoding="utf-8")
+    assert path.name == "report.html" and "onerror=alert(1)>" not in html
+    assert not re.search(r"""(src|href)=["'](?!data:)""", html)
+    assert "data:image/svg+xml;base64," in html
+    for id, claim in report.CLAIMS.items():
+        assert id in html and claim.text.split(";")[0].replace("'", "&#x27;") in html
+    assert profile().name in html
