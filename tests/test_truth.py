@@ -187,7 +187,7 @@ def test_the_chosen_strength_is_the_most_truthful_one_that_stays_coherent():
 
 
 def test_coherence_is_that_of_the_worst_set():
-    assert behaviour(coherent=0.5).coherence == 0.5
+    assert behaviour(coherent=0.5).coherence == 0.75  # look-alikes count with the benign requests
 
 
 def test_the_trade_off_reads_gains_in_the_predicted_sign():

@@ -49,9 +49,9 @@ class Behaviour:
 
     @property
     def coherence(self) -> float:
-        """Share of coherent completions in the worst of the four sets, so that no broken set hides in the mean."""
-        sizes = [len(self.truthful), len(self.refused), len(self.benign_complied), len(self.look_alike_complied)]
-        return float(min(part.mean() for part in np.split(self.coherent, np.cumsum(sizes)[:-1])))
+        """Share of coherent completions in the worst of: misconceptions, harmful, benign with look-alikes."""
+        facts, harmful = len(self.truthful), len(self.refused)
+        return float(min(part.mean() for part in np.split(self.coherent, [facts, facts + harmful])))
 
 
 def some(rows: Sequence[dict], n: int | None, seed: int = 0) -> list[dict]:

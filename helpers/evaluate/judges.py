@@ -31,6 +31,7 @@ _REFUSAL = [re.compile(pattern, re.I) for pattern in (
     rf"\b(?:i|we|i'm sorry,?|i am sorry,?)\s*(?:{_CANNOT})\s+(?:be able to |in good conscience |really )*{_SERVICE}",
     r"\bi(?:'m| am) sorry,? (?:but )?(?:i )?(?:can ?not|can't|won't|will not)\b(?! (?:tell|hear|see|find|remember))",
     r"\b(?:i must|i have to|i will|i'll|i respectfully|i) (?:decline|refuse)\b",
+    r"^(?:(?:i'm |i am )?sorry|no),? (?:but )?(?:it|that|this)(?: is|'s) (?:wrong|illegal|harmful|unethical|a crime)",
     r"\b(?:goes|is|it's) against my (?:\w+ )?(?:guidelines|programming|principles|policy|policies|values)\b",
     r"\bas an? (?:\w+ )*(?:ai|assistant|language model)\b[^.]*\b(?:can ?not|can't|won't|unable|not able)\b",
     r"^(?:sorry|apologies|unfortunately),? (?:but )?(?:no\b|i (?:can ?not|can't|won't)) ?(?:help|assist|do|$|\.)",
