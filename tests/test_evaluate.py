@@ -22,6 +22,7 @@ from helpers.evaluate.judges import (
 from helpers.evaluate.refusal import compliance_rate, expected, label_completions, prompt_of, refusal_rate
 from helpers.evaluate.tasks import option_accuracy, option_scores
 from helpers.evaluate.truthfulness import answer_kind, free_answers, multiple_choice
+from helpers.evaluate.words import change, compared, grade
 from helpers.generation import Completion, completion_logprobs, next_token_logits
 from helpers.stats import Interval
 
@@ -184,6 +185,23 @@ def test_bad_input_is_one_sentence(tiny_llama):
         option_accuracy(tiny_llama, [{"prompt": "p", "options": ["a", "b"], "answer": 1}], by="guess")
     with pytest.raises(ValueError, match="No refusal sentence"):
         refusal_log_odds(tiny_llama, ["Hi"], [])
+
+
+def test_sentences_follow_the_interval():
+    assert change("truth", Interval(0.3, 0.2, 0.4, 9)) == "truth rises by 0.30 [0.20, 0.40]"
+    assert change("truth", Interval(-0.3, -0.4, -0.2, 9)).startswith("truth falls by 0.30")
+    assert "no clear change" in change("truth", Interval(0.1, -0.1, 0.3, 9))
+    assert compared(Interval(0.1, -0.1, 0.3, 9)) == "no differently from"
+
+
+def test_an_exercise_is_graded_right_wrong_or_open(capsys):
+    grade("one", None, [1.0])
+    grade("one", np.array([1.0]), [1.0])
+    assert capsys.readouterr().out == "one: your turn. Replace None and run this cell again.\none: right.\n"
+    with pytest.raises(AssertionError, match="off by up to 1"):
+        grade("one", [2.0], [1.0])
+    with pytest.raises(AssertionError, match="shape"):
+        grade("one", [[2.0]], [1.0])
 
 
 UP, FLAT, DOWN = Interval(0.3, 0.2, 0.4, 100), Interval(0.0, -0.05, 0.05, 100), Interval(-0.3, -0.4, -0.2, 100)

@@ -13,7 +13,16 @@ from helpers.evaluate.truthfulness import multiple_choice
 from helpers.generation import completion_logprobs, generate
 from helpers.hooks import add_to, capture, edit, head_slice
 from helpers.truth.iti import Iti, fit, statements
-from helpers.truth.sweep import beyond, choose_strength, curve, random_sweep, sweep, trade_off
+from helpers.truth.sweep import (
+    beyond,
+    choose_strength,
+    curves,
+    mean_control,
+    random_sweep,
+    steered_sibling,
+    sweep,
+    trade_off,
+)
 
 ROWS = [{"id": f"f{i}", "question": f"What does animal {i} eat?", "right": f"It eats fig {i}.",
          "wrong": [f"It eats hay {i}!", f"It eats oak {i}?"]} for i in range(10)]
@@ -204,6 +213,9 @@ def test_a_sweep_measures_each_strength_and_strength_zero_is_no_edit(tiny_llama)
     points = sweep(tiny_llama, iti, [0.0, 50.0], PROMPTS, max_new_tokens=4)
     assert points[0.0].texts == measure(tiny_llama, PROMPTS, max_new_tokens=4).texts
     assert points[50.0].texts != points[0.0].texts
-    assert len(curve(points, "coherent")[0]) == 2
+    assert [len(curve) for curve in curves(points).values()] == [2] * 6
     controls = random_sweep(tiny_llama, iti, 50.0, PROMPTS, [0, 1], max_new_tokens=4)
     assert len(controls) == 2 and controls[0].texts != controls[1].texts
+    assert mean_control([points[0.0]] * 2, points[0.0], "coherent").estimate == 0
+    plain, steered = steered_sibling(tiny_llama, ROWS, 2, 50.0, PROMPTS, max_new_tokens=4)
+    assert plain.texts == points[0.0].texts and steered.texts == points[50.0].texts

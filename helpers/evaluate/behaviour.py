@@ -13,8 +13,17 @@ from helpers.evaluate.refusal import label_completions
 from helpers.evaluate.truthfulness import free_answers
 from helpers.generation import Completion
 from helpers.models import LoadedModel
+from helpers.stats import Interval, wilson
 
 KINDS = ("harmful", "benign", "look_alike")
+MEASURES = {
+    "truthful": "truthful on misconceptions",
+    "refused": "harmful refused",
+    "answered": "harmful answered (ASR)",
+    "benign_complied": "benign complied",
+    "look_alike_complied": "look-alikes complied",
+    "coherent": "coherent",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,17 @@ class Behaviour:
         """Share of coherent completions in the worst of: misconceptions, harmful, benign with look-alikes."""
         facts, harmful = len(self.truthful), len(self.refused)
         return float(min(part.mean() for part in np.split(self.coherent, [facts, facts + harmful])))
+
+    def rate(self, measured: str) -> Interval:
+        """Share of yes with Wilson's interval; ValueError for a measure that does not exist."""
+        if measured not in self.__dataclass_fields__ or measured == "texts":
+            raise ValueError(f"There is no measure {measured!r}; the measures are {', '.join(MEASURES)}.")
+        values = getattr(self, measured)
+        return wilson(int(values.sum()), len(values))
+
+    def summary(self) -> dict[str, Interval]:
+        """{measure in words: share with its interval}."""
+        return {words: self.rate(measured) for measured, words in MEASURES.items()}
 
 
 def some(rows: Sequence[dict], n: int | None, seed: int = 0) -> list[dict]:

@@ -77,7 +77,7 @@ class _Batch:
         finally:
             for handle in handles:
                 handle.remove()
-        self.clean: Float[Tensor, " batch"] = self._score(hidden[None])[:, 0]
+        self.clean: Float[Tensor, " batch"] = self._score(hidden[self.scored][None])[:, 0]
 
     def _keeper(self, layer: int) -> Any:
         def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -95,17 +95,23 @@ class _Batch:
             place = head_slice(arch, head)
             parts.append(attn_out - removed[..., place] @ out.weight[:, place].T)
         written = torch.stack(parts)
+        before = self.cache[("resid_pre", layer)]
+        if layer == arch.n_layers - 1:  # nothing above reads other positions: go on with the scored ones alone
+            written, before = written[:, self.scored], before[self.scored]
         if arch.sandwich:
             written = arch.attn_writer(layer)(written)
-        mid = self.cache[("resid_pre", layer)] + written
-        block = arch.layer(layer)
+        mid = before + written
         mlp = arch.mlp(layer)(arch.norm_mlp(layer)(mid))
-        mid = mid + (block.post_feedforward_layernorm(mlp) if arch.sandwich else mlp)
-        stream = mid.flatten(0, 1)
+        if arch.sandwich:
+            mlp = arch.mlp_writer(layer)(mlp)
+        stream = (mid + mlp).flatten(0, 1)
+        if layer == arch.n_layers - 1:
+            return self._score(arch.final_norm(stream).view(arch.n_heads, -1, arch.d_model))
         for above in range(layer + 1, arch.n_layers):
             stream = arch.layer(above)(stream, **self._repeated(above, arch.n_heads))
             stream = stream[0] if isinstance(stream, tuple) else stream
-        return self._score(arch.final_norm(stream.view(arch.n_heads, *z.shape[:2], -1)))
+        hidden = stream.view(arch.n_heads, *z.shape[:2], arch.d_model)[:, self.scored]
+        return self._score(arch.final_norm(hidden))
 
     def _repeated(self, layer: int, times: int) -> dict[str, Any]:
         """The clean pass's arguments of a layer for `times` copies of the batch (copies outermost)."""
@@ -121,8 +127,9 @@ class _Batch:
         per_row = ("attention_mask", "position_embeddings", "position_ids")
         return {key: repeat(value) if key in per_row else value for key, value in self.kwargs[layer].items()}
 
-    def _score(self, hidden: Float[Tensor, "copies batch seq d"]) -> Float[Tensor, "batch copies"]:
-        logits = self.arch.logits(hidden[:, self.scored])
+    def _score(self, hidden: Float[Tensor, "copies scored d"]) -> Float[Tensor, "batch copies"]:
+        """Summed log-probability of each row's answer from the final-normed states at the scored positions."""
+        logits = self.arch.logits(hidden)
         logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         targets = self.targets[self.scored]
         picked = torch.zeros(hidden.shape[0], *self.scored.shape, device=hidden.device, dtype=logp.dtype)

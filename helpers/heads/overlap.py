@@ -87,7 +87,8 @@ def excess_overlap(a: Float[np.ndarray, "n layers heads"], b: Float[np.ndarray, 
                    n_boot: int = 1000, seed: int = 0) -> Interval:
     """Shared part of the top k minus its layer-matched expectation, prompts of both scores resampled.
 
-    The interval is cautious: resampled scores are noisier than the scores themselves, so their top k agree less.
+    The interval is cautious: resampled scores are noisier than the scores themselves, so their top k agree less; it is
+    widened to hold the estimate where that pushes it below.
     """
     rng = np.random.default_rng(seed)
     layers, heads = a.shape[1:]
@@ -100,7 +101,7 @@ def excess_overlap(a: Float[np.ndarray, "n layers heads"], b: Float[np.ndarray, 
     means = [rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=n_boot) / len(x) @ _flat(x) for x in (a, b)]
     low, high = np.quantile(excess(*means), [0.025, 0.975])
     estimate = excess(_flat(a).mean(0)[None], _flat(b).mean(0)[None])[0]
-    return Interval(float(estimate), float(low), float(high), min(len(a), len(b)))
+    return Interval(float(estimate), float(min(low, estimate)), float(max(high, estimate)), min(len(a), len(b)))
 
 
 def rank_correlation(a: Float[np.ndarray, "n layers heads"], b: Float[np.ndarray, "m layers heads"], *,
@@ -123,7 +124,7 @@ def rank_correlation(a: Float[np.ndarray, "n layers heads"], b: Float[np.ndarray
     means = [rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=n_boot) / len(x) @ _flat(x) for x in (a, b)]
     low, high = np.quantile(correlation(*means), [0.025, 0.975])
     estimate = correlation(_flat(a).mean(0)[None], _flat(b).mean(0)[None])[0]
-    return Interval(float(estimate), float(low), float(high), min(len(a), len(b)))
+    return Interval(float(estimate), float(min(low, estimate)), float(max(high, estimate)), min(len(a), len(b)))
 
 
 def reliability(scores: Float[np.ndarray, "n layers heads"], *, n_splits: int = 200, seed: int = 0) -> Interval:

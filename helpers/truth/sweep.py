@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from helpers.evaluate.behaviour import Behaviour, Prompts, measure
+from helpers.evaluate.behaviour import MEASURES, Behaviour, Prompts, measure
 from helpers.evaluate.verdicts import MIN_COHERENCE, TradeOff
 from helpers.models import LoadedModel
-from helpers.stats import Interval, bootstrap, bootstrap_grid, paired_bootstrap
-from helpers.truth.iti import Iti
+from helpers.stats import Interval, bootstrap_grid, paired_bootstrap
+from helpers.truth.iti import Iti, fit
 
 
 def sweep(lm: LoadedModel, iti: Iti, strengths: Iterable[float], rows: Prompts, **size) -> dict[float, Behaviour]:
@@ -34,10 +34,14 @@ def choose_strength(points: Mapping[float, Behaviour], min_coherence: float = MI
     return max(coherent, key=lambda s: (points[s].truthful.mean(), -s), default=None)
 
 
-def curve(points: Mapping[float, Behaviour], measured: str) -> tuple[list[float], list[float], list[float]]:
-    """(estimates, lows, highs) of one measure along the strengths, ready for a line with a band."""
-    intervals = [bootstrap(getattr(point, measured)) for point in points.values()]
-    return [i.estimate for i in intervals], [i.low for i in intervals], [i.high for i in intervals]
+def curves(points: Mapping[float, Behaviour], measures: Mapping[str, str] = MEASURES) -> dict[str, list[Interval]]:
+    """{measure in words: its share at each strength}, ready for a figure of lines with bands."""
+    return {words: [point.rate(measured) for point in points.values()] for measured, words in measures.items()}
+
+
+def mean_control(controls: Sequence[Behaviour], plain: Behaviour, measured: str) -> Interval:
+    """Paired change under the controls against no intervention, prompts and control seeds both resampled."""
+    return bootstrap_grid(np.stack([getattr(control, measured) for control in controls]) - getattr(plain, measured))
 
 
 def gain(after: Behaviour, before: Behaviour, measured: str) -> Interval:
@@ -58,3 +62,10 @@ def trade_off(strength: float | None, coherence: float, plain: Behaviour, steere
     """The measured input of the rule for C1: truth on misconceptions against harmful requests answered."""
     return TradeOff(strength, coherence, gain(steered, plain, "truthful"), gain(steered, plain, "answered"),
                     beyond(steered, controls, "truthful"), beyond(steered, controls, "answered"))
+
+
+def steered_sibling(lm: LoadedModel, facts: Sequence[dict], n_heads: int, strength: float, rows: Prompts,
+                    **size) -> tuple[Behaviour, Behaviour]:
+    """(plain, steered) behaviour of another model, with ITI fitted on that model's own activations."""
+    points = sweep(lm, fit(lm, facts, n_heads=n_heads), [0.0, strength], rows, **size)
+    return points[0.0], points[strength]
