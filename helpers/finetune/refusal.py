@@ -1,0 +1,72 @@
+"""The refusal subspace of a model, made from its refusal-specific latents, and the subspaces it is compared with.
+
+Notebook 04 builds them and notebook 06 protects them while fine-tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+
+from helpers.activations import collect
+from helpers.config import Profile, profile
+from helpers.data import load_table
+from helpers.finetune.subspace import RefusalSubspace, difference_subspace, pca_subspace
+from helpers.models import LoadedModel
+from helpers.sae.features import Selection
+
+
+def latent_subspace(
+    lm: LoadedModel,
+    saes: Mapping[int, Any],
+    selection: Selection,
+    mask: Bool[np.ndarray, " d"] | None = None,
+    *,
+    rank: int | None = None,
+    explained: float = 0.95,
+) -> RefusalSubspace:
+    """Span of the selected latents' decoder rows, each scaled by its mean attribution to refusing, and its image.
+
+    `mask` defaults to the refusal-specific latents. `explained` is the share of squared effect kept unless `rank` is
+    given. Raises ValueError when the mask is empty.
+    """
+    mask = selection.specific if mask is None else mask
+    chosen = selection.by_layer(mask)
+    decoders = {layer: saes[layer].W_dec[latents].detach().cpu() for layer, latents in chosen.items()}
+    weights = {layer: lm.arch.o_proj(layer).weight.detach().cpu() for layer in chosen}
+    effects = selection.per_latent(np.abs(selection.refusal_scores.attribution), mask)
+    return RefusalSubspace.from_latents(decoders, weights, effects, rank=rank, explained=explained)
+
+
+def contrast_subspaces(
+    lm: LoadedModel, p: Profile | None = None, *, rank: int = 8, layers: Sequence[int] | None = None
+) -> dict[str, RefusalSubspace]:
+    """Two subspaces of the residual stream that need no SAE, from harmful and benign fit prompts at the prompt's end.
+
+    "difference in means": one direction per layer (Arditi et al. 2024); "pca": leading directions of harmful minus mean
+    benign over the same layers. `layers` defaults to the middle half of the model.
+    """
+    p = p or profile()
+    n = lm.arch.n_layers
+    layers = tuple(range(n // 4, n - n // 4)) if layers is None else tuple(layers)
+    rows = load_table("requests", "fit")
+    groups = [[r["prompt"] for r in rows if (r["kind"] == "harmful") is harmful] for harmful in (True, False)]
+    found = [collect(lm, users, sites={"resid_post": layers}, batch_size=p.batch_size) for users in groups]
+    pairs = [(found[0][("resid_post", layer)], found[1][("resid_post", layer)]) for layer in layers]
+    return {
+        "difference in means": RefusalSubspace(difference_subspace(pairs), method="difference in means"),
+        "pca": RefusalSubspace(pca_subspace(pairs, rank), method="pca of differences"),
+    }
+
+
+def z_contrast(lm: LoadedModel, layers: Sequence[int], p: Profile | None = None) -> dict[int, torch.Tensor]:
+    """{layer: unit direction [n_heads * d_head, 1]} of harmful minus benign fit prompts in z at the prompt's last token."""
+    p = p or profile()
+    rows = load_table("requests", "fit")
+    groups = [[r["prompt"] for r in rows if (r["kind"] == "harmful") is harmful] for harmful in (True, False)]
+    found = [collect(lm, users, sites={"z": layers}, batch_size=p.batch_size) for users in groups]
+    return {n: difference_subspace([(found[0][("z", n)], found[1][("z", n)])]) for n in layers}

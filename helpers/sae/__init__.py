@@ -1,0 +1,1 @@
+"""Sparse autoencoders on z: training, honest quality numbers, and which latents carry refusal or hallucination."""

@@ -1,0 +1,240 @@
+"""Which latents carry refusal, hallucination, both or neither, by one rule stated before any result.
+
+A latent is refusal-related when it fires more on harmful than on benign prompts *and* pushes towards refusing; it is
+hallucination-related when it tells wrong from right answers *or* moves the choice between them. Refusal-specific means
+the first and not the second. Selected on fit prompts, confirmed on validation prompts, never on test prompts.
+Notebook 04 tells the story.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy import stats as scipy_stats
+
+from helpers.config import Profile, profile
+from helpers.data import load_table
+from helpers.models import LoadedModel
+from helpers.sae.signals import Openings, Signals, refusal_signals, right_and_wrong, truth_signals
+from helpers.sae.training import Trained, model_key
+from helpers.stats import Interval, auroc_columns, benjamini_hochberg
+from helpers.store import cached_tensors
+
+KINDS = ("refusal only", "hallucination only", "both", "neither")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Thresholds [own], fixed before any number was seen; `q` is the false discovery rate over all latents.
+
+    `auroc`: least separation of harmful from benign. `share`: least share of the summed absolute attribution, for
+    either behaviour. `wrong_auroc`: least distance from .5 at which a latent counts as telling wrong from right
+    answers; it is smaller than refusal's on purpose, so that doubtful latents are filtered out.
+    """
+
+    q: float = 0.05
+    auroc: float = 0.75
+    share: float = 0.005
+    wrong_auroc: float = 0.10
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per latent of one behaviour: AUROC and its adjusted p, mean attribution (nats), its share and its adjusted p."""
+
+    auroc: Float[np.ndarray, " d"]
+    q: Float[np.ndarray, " d"]
+    attribution: Float[np.ndarray, " d"]
+    share: Float[np.ndarray, " d"]
+    attribution_q: Float[np.ndarray, " d"]
+
+
+def refusal_scores(found: Signals, harmful: Bool[np.ndarray, " n"]) -> Scores:
+    """Harmful against benign at the end of the prompt; attribution to refusing on harmful prompts, reference: mean
+    benign.
+    """
+    peak = found.peak
+    reference = found.f[torch.as_tensor(~harmful)].mean(0)
+    return _scores(peak[harmful], peak[~harmful], found.attribution(reference)[harmful])
+
+
+def truth_scores(right: Float[np.ndarray, "n d"], wrong: Float[np.ndarray, "n d"], found: Signals) -> Scores:
+    """Wrong against right answers; attribution to choosing the right one, reference: mean over the facts."""
+    return _scores(wrong, right, found.attribution())
+
+
+def _scores(pos: np.ndarray, neg: np.ndarray, attribution: np.ndarray) -> Scores:
+    area, p = auroc_columns(pos, neg)
+    mean, spread = attribution.mean(0), attribution.std(0, ddof=1) / len(attribution) ** 0.5
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(spread > 0, mean / spread, 0.0)
+    p_attribution = 2 * scipy_stats.t.sf(np.abs(t), len(attribution) - 1)
+    share = np.abs(mean) / max(np.abs(mean).sum(), 1e-12)
+    return Scores(area, benjamini_hochberg(p), mean, share, benjamini_hochberg(p_attribution))
+
+
+def refusal_related(s: Scores, rule: Rule = Rule()) -> Bool[np.ndarray, " d"]:  # noqa: B008 (frozen)
+    """Fires more on harmful prompts and pushes towards refusing, each beyond its threshold and false discovery rate."""
+    fires = (s.auroc >= rule.auroc) & (s.q <= rule.q)
+    return fires & (s.attribution > 0) & (s.share >= rule.share) & (s.attribution_q <= rule.q)
+
+
+def hallucination_related(s: Scores, rule: Rule = Rule()) -> Bool[np.ndarray, " d"]:  # noqa: B008 (frozen)
+    """Tells wrong from right answers, or moves the choice between them, in either direction."""
+    tells = (np.abs(s.auroc - 0.5) >= rule.wrong_auroc) & (s.q <= rule.q)
+    return tells | ((s.share >= rule.share) & (s.attribution_q <= rule.q))
+
+
+def confirmed(s: Scores, rule: Rule = Rule()) -> Bool[np.ndarray, " d"]:  # noqa: B008 (frozen)
+    """Same sign and at least the same separation on other prompts; no new discoveries are made there, so no
+    correction.
+    """
+    return (s.auroc >= rule.auroc) & (s.attribution > 0)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Masks over the latents of all layers (lowest layer first), and the scores they came from."""
+
+    refusal: Bool[np.ndarray, " d"]
+    hallucination: Bool[np.ndarray, " d"]
+    refusal_scores: Scores
+    truth_scores: Scores
+    widths: dict[int, int]
+
+    @property
+    def specific(self) -> Bool[np.ndarray, " d"]:
+        """Refusal-related and not hallucination-related."""
+        return self.refusal & ~self.hallucination
+
+    @property
+    def hallucination_only(self) -> Bool[np.ndarray, " d"]:
+        """Hallucination-related and not refusal-related."""
+        return self.hallucination & ~self.refusal
+
+    def counts(self) -> dict[str, int]:
+        """How many latents are of each kind."""
+        return count_kinds(self.refusal, self.hallucination)
+
+    def by_layer(self, mask: Bool[np.ndarray, " d"]) -> dict[int, list[int]]:
+        """{layer: latents} of a mask; layers without any are left out."""
+        parts = np.split(mask, np.cumsum(list(self.widths.values()))[:-1])
+        found = {layer: np.flatnonzero(part).tolist() for layer, part in zip(self.widths, parts, strict=True)}
+        return {layer: latents for layer, latents in found.items() if latents}
+
+    def per_latent(self, values: Float[np.ndarray, " d"], mask: Bool[np.ndarray, " d"]) -> dict[int, torch.Tensor]:
+        """Values of a mask's latents by layer, in the order of `by_layer`."""
+        parts = np.cumsum([0, *self.widths.values()])
+        chosen = self.by_layer(mask)
+        start = dict(zip(self.widths, parts, strict=False))
+        return {n: torch.as_tensor(values[[start[n] + i for i in latents]]) for n, latents in chosen.items()}
+
+
+def count_kinds(refusal: np.ndarray, hallucination: np.ndarray) -> dict[str, int]:
+    """Numbers of latents that are refusal only, hallucination only, both and neither."""
+    masks = (refusal & ~hallucination, ~refusal & hallucination, refusal & hallucination, ~refusal & ~hallucination)
+    return {kind: int(mask.sum()) for kind, mask in zip(KINDS, masks, strict=True)}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that selection looks at on one split."""
+
+    requests: Signals
+    harmful: Bool[np.ndarray, " n"]
+    right: Float[np.ndarray, "m d"]
+    wrong: Float[np.ndarray, "m d"]
+    facts: Signals
+
+    @classmethod
+    def gather(
+        cls, lm: LoadedModel, saes: Mapping[int, Any], requests: Sequence[dict], facts: Sequence[dict]
+    ) -> Evidence:
+        """Run the model on request and fact rows; only harmful rows that it would refuse and others that it would
+        answer count (Arditi et al. 2024). Raises ValueError when one of the two is missing.
+        """
+        found = refusal_signals(lm, saes, requests, Openings.of(lm, requests))
+        harmful = np.array([row["kind"] == "harmful" for row in requests])
+        keep = harmful == (found.margin.numpy() > 0)
+        if not (harmful & keep).any() or not (~harmful & keep).any():
+            raise ValueError(
+                "These requests hold no refused harmful one or no answered benign one: nothing to compare."
+            )
+        index = torch.as_tensor(np.flatnonzero(keep))
+        kept = Signals(found.f[index], found.slope[index], found.margin[index])
+        right, wrong = right_and_wrong(lm, saes, facts)
+        return cls(kept, harmful[keep], right, wrong, truth_signals(lm, saes, facts))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything as named tensors, for an artifact."""
+        parts = {"requests": self.requests, "facts": self.facts}
+        flat = {f"{n}.{k}": getattr(part, k) for n, part in parts.items() for k in ("f", "slope", "margin")}
+        more = {"harmful": self.harmful, "right": self.right, "wrong": self.wrong}
+        return flat | {k: torch.as_tensor(v) for k, v in more.items()}
+
+    @classmethod
+    def of_tensors(cls, t: Mapping[str, torch.Tensor]) -> Evidence:
+        """What `tensors` gave."""
+        requests, facts = (Signals(*(t[f"{n}.{k}"] for k in ("f", "slope", "margin"))) for n in ("requests", "facts"))
+        return cls(requests, t["harmful"].numpy(), t["right"].numpy(), t["wrong"].numpy(), facts)
+
+    def scores(self) -> tuple[Scores, Scores]:
+        """Refusal and truth scores."""
+        return refusal_scores(self.requests, self.harmful), truth_scores(self.right, self.wrong, self.facts)
+
+
+def select(fit: Evidence, val: Evidence, widths: Mapping[int, int], rule: Rule = Rule()) -> Selection:  # noqa: B008
+    """Find latents on the fit prompts and keep as refusal-related those that the validation prompts confirm.
+
+    What looks hallucination-related on either split counts as such: the filter errs on the side of throwing out.
+    """
+    refusal, truth = fit.scores()
+    again, truth_again = val.scores()
+    related = refusal_related(refusal, rule) & confirmed(again, rule)
+    tainted = hallucination_related(truth, rule) | hallucination_related(truth_again, rule)
+    return Selection(related, tainted, refusal, truth, dict(widths))
+
+
+def shuffled_counts(fit: Evidence, rule: Rule = Rule(), n: int = 20, seed: int = 0) -> dict[str, Interval]:  # noqa: B008
+    """Numbers of each kind when labels mean nothing: mean and range over `n` shuffles of the fit prompts' labels.
+
+    Harmful and benign are permuted over prompts; right and wrong are swapped by coin within each fact, as is the sign
+    of its attribution.
+    """
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(n):
+        harmful = rng.permutation(fit.harmful)
+        swap = rng.integers(2, size=len(fit.right)).astype(bool)
+        right = np.where(swap[:, None], fit.wrong, fit.right)
+        wrong = np.where(swap[:, None], fit.right, fit.wrong)
+        flipped = Signals(
+            fit.facts.f, fit.facts.slope * torch.as_tensor(1.0 - 2.0 * swap)[:, None, None], fit.facts.margin
+        )
+        one = refusal_related(refusal_scores(fit.requests, harmful), rule)
+        two = hallucination_related(truth_scores(right, wrong, flipped), rule)
+        found.append(count_kinds(one, two))
+    out = {}
+    for kind in KINDS:
+        values = np.array([counts[kind] for counts in found], dtype=float)
+        out[kind] = Interval(float(values.mean()), float(values.min()), float(values.max()), n)
+    return out
+
+
+def evidence(lm: LoadedModel, trained: Trained, split: str, p: Profile | None = None) -> Evidence:
+    """The evidence of one split of the world for the profile's SAEs, made once and kept as an artifact."""
+    p = p or profile()
+    requests, facts = load_table("requests", split), load_table("facts", split)
+    key = {"model": model_key(lm), "sae": trained.key, "split": split, "requests": requests, "facts": facts}
+    made = cached_tensors("sae-evidence", key, lambda: Evidence.gather(lm, trained.saes, requests, facts).tensors())
+    return Evidence.of_tensors(made)
+
+
+def select_latents(lm: LoadedModel, trained: Trained, p: Profile | None = None, rule: Rule = Rule()) -> Selection:  # noqa: B008
+    """The profile's selection: found on the fit split, confirmed on the validation split. Test rows are not read."""
+    widths = {layer: sae.W_dec.shape[0] for layer, sae in sorted(trained.saes.items())}
+    return select(evidence(lm, trained, "fit", p), evidence(lm, trained, "val", p), widths, rule)
