@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -22,8 +21,6 @@ from helpers.generation import answer_rows, batches, check_lengths, pad_right, p
 from helpers.hooks import answer_starts, capture
 from helpers.models import LoadedModel
 from helpers.sites import Site, check_site, site_width
-
-Which = Literal["last", "all", "answer"]
 
 
 class Activations(dict[Site, Tensor]):
@@ -45,7 +42,7 @@ def collect(
     answers: Sequence[str] | None = None,
     *,
     sites: Mapping[str, Iterable[int]],
-    positions: Which = "last",
+    positions: str = "last",
     batch_size: int = 64,
 ) -> Activations:
     """Activations at `sites` ({site: layers}) for each prompt, or prompt + answer, in the order given.
@@ -71,7 +68,7 @@ def to_shards(
     answers: Sequence[str] | None = None,
     *,
     sites: Mapping[str, Iterable[int]],
-    positions: Which = "all",
+    positions: str = "all",
     batch_size: int = 64,
     rows_per_shard: int = 1024,
 ) -> list[Path]:

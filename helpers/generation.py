@@ -1,52 +1,49 @@
 """Greedy generation and answer log-probabilities: the two hot loops of every notebook.
 
-Rows are sorted by length before batching and returned in their original order. Generation pads on the left and keeps a
-key-value cache; scoring pads on the right (a causal model never sees padding to its right, so no mask is needed) and
-asks lm_head only for the positions
-that predict answer tokens. Hooks (helpers.hooks) entered around these calls act in them; `positions="answer"` refers to
-the rows' own
-answer starts here. Checked against Hugging Face's `generate` and plain loops in tests/test_generation.py. Story:
-notebook 00.
+Rows are sorted by length before batching and returned in their original order. Generation pads on the left, keeps a
+key-value cache and drops rows that have ended. Scoring pads on the right (a causal model never sees padding to its
+right, so no mask is needed), asks lm_head only for the positions that predict answer tokens, and reads a prompt with
+several answers once. Hooks entered around these calls act in them; `positions="answer"` (helpers.hooks) refers to the
+rows' own answer starts here. Story: notebook 00.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
 from helpers.arch import Arch
+from helpers.batching import answer_rows, batches, check_lengths, pad_left, pad_right, prompt_rows
 from helpers.hooks import answer_starts
 from helpers.models import LoadedModel
+
+__all__ = [
+    "Completion",
+    "answer_rows",
+    "batch_logprobs",
+    "batches",
+    "check_lengths",
+    "completion_logprobs",
+    "generate",
+    "next_token_logits",
+    "pad_left",
+    "pad_right",
+    "prompt_rows",
+]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One greedy answer: its text without special tokens, whether the model ended it itself, and its tokens (end token
-    included).
-    """
+    """One greedy answer: its text without specials, whether the model ended it itself, its tokens (end included)."""
 
     text: str
     finished: bool
     n_tokens: int
-
-
-def pad_left(seqs: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    """Ids padded on the left to one length, and a mask that is True on real tokens; ValueError when there is nothing to
-    pad.
-    """
-    return _pad(seqs, pad_id, left=True)
-
-
-def pad_right(seqs: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    """Ids padded on the right to one length, and a mask that is True on real tokens; ValueError when there is nothing
-    to pad.
-    """
-    return _pad(seqs, pad_id, left=False)
 
 
 @torch.inference_mode()
@@ -82,8 +79,17 @@ def completion_logprobs(
     """
     prompts, answers_ids = answer_rows(lm, users, answers, include_end=include_end)
     arch, total = lm.arch, torch.zeros(len(prompts))
-    for rows in batches([len(p) + len(a) for p, a in zip(prompts, answers_ids, strict=True)], batch_size):
-        total[rows] = batch_logprobs(lm, arch, [prompts[i] for i in rows], [answers_ids[i] for i in rows]).cpu()
+    groups = _groups(prompts, answers_ids, arch) if _plain_attention(arch) else [[row] for row in range(len(prompts))]
+    lengths = [len(prompts[group[0]]) + sum(len(answers_ids[row]) for row in group) for group in groups]
+    for chosen in batches(lengths, -(-batch_size * len(groups) // len(prompts))):
+        together = [groups[i] for i in chosen]
+        order = [row for group in together for row in group]
+        heads = [prompts[group[0]] for group in together]
+        if len(order) == len(together):
+            found = batch_logprobs(lm, arch, heads, [answers_ids[row] for row in order])
+        else:
+            found = _shared_prompt_logprobs(lm, arch, heads, [[answers_ids[row] for row in g] for g in together])
+        total[order] = found.cpu()
     _require_finite(lm, total)
     return total
 
@@ -99,11 +105,70 @@ def batch_logprobs(
     ids, mask = pad_right([[*p, *a] for p, a in zip(prompts, answers, strict=True)], lm.pad_id)
     ids, mask = ids.to(arch.device), mask.to(arch.device)
     with answer_starts(starts):
-        hidden = arch.decoder(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+        hidden = arch.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     scored = mask[:, 1:] & (torch.arange(ids.shape[1] - 1, device=arch.device) >= starts[:, None])
     logprobs = arch.logits(hidden[scored]).float().log_softmax(-1)
     picked = logprobs.gather(-1, ids[:, 1:][scored][:, None])[:, 0]
     return picked.new_zeros(len(prompts)).index_add(0, scored.nonzero()[:, 0], picked)
+
+
+def _groups(prompts: list[list[int]], answers: list[list[int]], arch: Arch, limit: int = 8) -> list[list[int]]:
+    """Rows with the same prompt, at most `limit` together and never beyond the context in all."""
+    groups: list[list[int]] = []
+    open_groups: dict[tuple[int, ...], tuple[list[int], int]] = {}
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        key = tuple(prompt)
+        group, length = open_groups.get(key, ([], arch.context))
+        if len(group) in (0, limit) or length + len(answer) > arch.context:
+            group, length = [], len(prompt)
+            groups.append(group)
+        group.append(row)
+        open_groups[key] = group, length + len(answer)
+    return groups
+
+
+def _shared_prompt_logprobs(
+    lm: LoadedModel, arch: Arch, prompts: list[list[int]], answers: list[list[list[int]]]
+) -> Float[Tensor, "n"]:
+    """log P of every answer of every prompt, in order, each prompt read once: prompt, answer 1, answer 2, ... in a row.
+
+    Each answer sees the prompt and itself only, at the positions it would have alone.
+    """
+    ids, mask = pad_right(
+        [[*p, *(t for a in several for t in a)] for p, several in zip(prompts, answers, strict=True)], lm.pad_id
+    )
+    part = torch.full(ids.shape, -1)  # 0 the prompt, 1, 2, ... the answers, -1 padding
+    position = torch.zeros_like(ids)
+    predictor, target = [], []  # (batch row, place of the logits), (answer number, token)
+    number = 0
+    for row, (prompt, several) in enumerate(zip(prompts, answers, strict=True)):
+        part[row, : len(prompt)] = 0
+        position[row, : len(prompt)] = torch.arange(len(prompt))
+        start = len(prompt)
+        for which, answer in enumerate(several, 1):
+            place = slice(start, start + len(answer))
+            part[row, place] = which
+            position[row, place] = torch.arange(len(prompt), len(prompt) + len(answer))
+            before = [len(prompt) - 1, *range(start, start + len(answer) - 1)]
+            predictor += [(row, place) for place in before]
+            target += [(number, token) for token in answer]
+            start, number = start + len(answer), number + 1
+    width = ids.shape[1]
+    sees = torch.ones(width, width, dtype=torch.bool).tril() & (
+        (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+    )
+    starts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=arch.device)
+    with answer_starts(starts):
+        hidden = arch.decoder(
+            input_ids=ids.to(arch.device),
+            attention_mask=sees[:, None].to(arch.device),
+            position_ids=position.to(arch.device),
+            use_cache=False,
+        ).last_hidden_state
+    rows, places = torch.tensor(predictor, device=arch.device).T
+    numbers, tokens = torch.tensor(target, device=arch.device).T
+    picked = arch.logits(hidden[rows, places]).float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    return picked.new_zeros(number).index_add(0, numbers, picked)
 
 
 @torch.no_grad()
@@ -113,87 +178,40 @@ def next_token_logits(lm: LoadedModel, users: Sequence[str], *, batch_size: int 
     arch = lm.arch
     check_lengths(lm, [len(ids) for ids in prompts])
     out = torch.empty(len(prompts), arch.vocab)
+    mask_for = _mask_maker(arch)
     for rows in batches([len(ids) for ids in prompts], batch_size):
-        last = torch.tensor([len(prompts[i]) - 1 for i in rows], device=arch.device)
-        ids, _ = pad_right([prompts[i] for i in rows], lm.pad_id)
+        ids, mask, position, last = _left(lm, arch, [prompts[i] for i in rows])
         with answer_starts(last):
-            hidden = arch.decoder(input_ids=ids.to(arch.device), use_cache=False).last_hidden_state
-        out[rows] = arch.logits(hidden[torch.arange(len(rows), device=arch.device), last]).float().cpu()
+            hidden = arch.decoder(
+                input_ids=ids, attention_mask=mask_for(mask, ids.shape[1]), position_ids=position, use_cache=False
+            ).last_hidden_state[:, -1]
+        out[rows] = arch.logits(hidden).float().cpu()
     _require_finite(lm, out)
     return out
-
-
-def prompt_rows(lm: LoadedModel, users: Sequence[str]) -> list[list[int]]:
-    """Token ids of each user prompt in the chat template; ValueError for a bare string, no prompts or an empty one."""
-    if isinstance(users, str):
-        raise ValueError("Prompts must be a list of strings: wrap a single prompt in a list.")
-    if len(users) == 0:
-        raise ValueError("No prompts were given: pass at least one.")
-    known: dict[str, list[int]] = {}
-    for user in users:
-        if user not in known:
-            known[user] = lm.prompt_ids(user)
-    return [known[user] for user in users]
-
-
-def answer_rows(
-    lm: LoadedModel, users: Sequence[str], answers: Sequence[str], *, include_end: bool = False
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts and of their answers, row by row; ValueError when the two lists differ in length or a row is
-    too long.
-    """
-    prompts = prompt_rows(lm, users)
-    if isinstance(answers, str) or len(users) != len(answers):
-        given = "one string" if isinstance(answers, str) else f"{len(answers)} answers"
-        raise ValueError(f"There are {len(users)} prompts but {given}: give each prompt its answer.")
-    end = [lm.end_id] if include_end else []
-    ids = [lm.answer_ids(answer) + end for answer in answers]
-    check_lengths(lm, [len(p) + len(a) for p, a in zip(prompts, ids, strict=True)], " with its answer")
-    return prompts, ids
-
-
-def check_lengths(lm: LoadedModel, lengths: Sequence[int], what: str = "") -> None:
-    """ValueError when a row is longer than the model's context."""
-    context = lm.arch.context
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    if lengths[longest] > context:
-        raise ValueError(
-            f"Prompt {longest}{what} takes {lengths[longest]} tokens, more than the {context} of {lm.name}: shorten it."
-        )
-
-
-def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length, longest first (so that memory runs out at once or not at all)."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: use at least 1.")
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
 
 
 def _greedy(lm: LoadedModel, arch: Arch, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """Greedy tokens of one batch: one prefill, then one token per row and step with a cache; rows that ended leave the
     batch.
     """
-    ids, mask = pad_left(prompts, lm.pad_id)
-    ids, mask = ids.to(arch.device), mask.to(arch.device)
-    position = (mask.long().cumsum(1) - 1).clamp(min=0)
+    ids, mask, position, last = _left(lm, arch, prompts)
     cache = DynamicCache(config=arch.decoder.config)
     stops = torch.tensor(sorted(lm.stop_ids), device=arch.device)
     alive = torch.arange(len(prompts), device=arch.device)  # which prompt each remaining row is
     steps: list[tuple[Tensor, Tensor]] = []
-    prefill = torch.full((len(prompts),), ids.shape[1] - 1, device=arch.device)
-    fast = _mask_maker(arch, cache)
+    mask_for = _mask_maker(arch)
     for step in range(max_new_tokens):
-        with answer_starts(prefill):
+        with answer_starts(last):
             out = arch.decoder(
                 input_ids=ids,
-                attention_mask=fast(mask, ids.shape[1]),
+                attention_mask=mask_for(mask, ids.shape[1]),
                 position_ids=position,
                 past_key_values=cache,
                 use_cache=True,
             )
-        token = arch.logits(out.last_hidden_state[:, -1]).argmax(-1)
+        hidden = out.last_hidden_state[:, -1]
+        _require_finite(lm, hidden)
+        token = arch.logits(hidden).argmax(-1)
         steps.append((alive, token))
         ended = torch.isin(token, stops)
         if step + 1 == max_new_tokens or bool(ended.all()):
@@ -207,11 +225,24 @@ def _greedy(lm: LoadedModel, arch: Arch, prompts: list[list[int]], max_new_token
     return _collect_tokens(steps, len(prompts), lm.stop_ids)
 
 
-def _mask_maker(arch: Arch, cache: DynamicCache) -> Callable[[Tensor, int], Tensor]:
+def _left(lm: LoadedModel, arch: Arch, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Left-padded ids, mask, positions that count real tokens only, and each row's last prompt place, on the device."""
+    ids, mask = (x.to(arch.device) for x in pad_left(prompts, lm.pad_id))
+    last = torch.full((len(prompts),), ids.shape[1] - 1, device=arch.device)
+    return ids, mask, (mask.long().cumsum(1) - 1).clamp(min=0), last
+
+
+def _plain_attention(arch: Arch) -> bool:
+    """Whether every layer attends to everything before it through sdpa, which takes ready-made masks."""
+    config = arch.decoder.config
+    return config._attn_implementation == "sdpa" and not any(DynamicCache(config=config).is_sliding)
+
+
+def _mask_maker(arch: Arch) -> Callable[[Tensor, int], Tensor]:
     """Attention masks ready for sdpa (which saves Hugging Face's mask building at each token), or the plain mask where
     layers differ.
     """
-    plain = arch.decoder.config._attn_implementation == "sdpa" and not any(cache.is_sliding)
+    plain = _plain_attention(arch)
 
     def make(mask: Tensor, n_new: int) -> Tensor:
         if not plain:
@@ -234,19 +265,6 @@ def _collect_tokens(steps: list[tuple[Tensor, Tensor]], n: int, stops: set[int])
                 rows[row].append(value)
                 ended[row] = value in stops
     return rows
-
-
-def _pad(seqs: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
-    if not seqs or not all(len(seq) for seq in seqs):
-        raise ValueError("Nothing to pad: give at least one sequence, and no empty ones.")
-    width = max(len(seq) for seq in seqs)
-    ids = torch.full((len(seqs), width), pad_id)
-    mask = torch.zeros(len(seqs), width, dtype=torch.bool)
-    for row, seq in enumerate(seqs):
-        place = slice(width - len(seq), width) if left else slice(0, len(seq))
-        ids[row, place] = torch.tensor(seq)
-        mask[row, place] = True
-    return ids, mask
 
 
 def _require_finite(lm: LoadedModel, x: Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from torch import Tensor
 from helpers.arch import Arch, find_arch
 from helpers.sites import SITES, Edit, Site, attach, check_site, site_width
 
-Positions = None | int | Tensor | Literal["answer"]
+Positions = None | int | Tensor | str  # "answer"
 
 _ANSWER: ContextVar[Tensor | None] = ContextVar("answer starts of the rows in flight", default=None)
 
@@ -105,7 +105,7 @@ def head_slice(arch: Arch, head: int) -> slice:
 def ablate_heads(
     model: Any,
     heads: Iterable[tuple[int, int]],
-    mode: Literal["zero", "mean"] = "zero",
+    mode: str = "zero",
     means: Mapping[int, Float[Tensor, "d_z"]] | None = None,
     positions: Positions = None,
 ) -> Iterator[None]:
