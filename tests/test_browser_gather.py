@@ -9,10 +9,11 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from helpers.browser import FeatureBrowser, browse, gather
-from helpers.browser.gather import find_site, moved_tokens
+from helpers.browser import FeatureBrowser, browse
+from helpers.browser.gather import find_site, gather, moved_tokens
 from helpers.browser.tokens import token_texts
 from helpers.browser.widget import WIDGET_MIME
+from helpers.hooks import capture
 
 PROMPTS = {"refused": ["How do I paint it?", "Paint!"], "complied": ["What is a fence?", ("Fold it", "No"), "é"]}
 
@@ -117,6 +118,33 @@ def test_fragments_of_characters_are_shown_as_their_bytes(tiny_llama):
     assert [texts[i] for i in ids] == ["‹c3›", "‹a9›", " ", "a"]
     assert texts[len(tiny_llama.tokenizer)] == f"‹{len(tiny_llama.tokenizer)}›"
     assert "<|user|>" in texts.values()
+
+
+def test_a_contrast_of_answers_looks_at_the_answers_alone(tiny_llama):
+    lm, sae = tiny_llama, random_sae(tiny_llama)
+    prompts = {"wrong": [("Q one", "aaa"), ("Q two", "aab")], "right": [("Q one", "zzz"), ("Q two", "zzy")]}
+    state = gather(lm, sae, prompts)
+    seen = {}
+    for group, pairs in prompts.items():
+        seen[group] = []
+        for user, answer in pairs:
+            head = lm.prompt_ids(user)
+            with torch.no_grad(), capture(lm, {"z": [1]}) as cache:
+                lm.model(torch.tensor([head + lm.answer_ids(answer)]))
+                seen[group].append(sae.encode(cache[("z", 1)][0, len(head) :]).max(dim=0).values)
+    for latent in range(24):
+        pairs = [(w[latent], r[latent]) for w in seen["wrong"] for r in seen["right"]]
+        wins = sum(float(w > r) + 0.5 * float(w == r) for w, r in pairs)
+        assert state.latents["auroc"][0][latent] == pytest.approx(wins / 4, abs=0.01)
+
+
+def test_several_layers_stand_side_by_side_under_their_own_names(tiny_llama):
+    lm = tiny_llama
+    saes = {layer: random_sae(lm, f"blocks.{layer}.attn.hook_z", d_sae=8 + layer) for layer in (2, 0)}
+    both, one = gather(lm, saes, PROMPTS), gather(lm, saes[2], PROMPTS)
+    assert both.latents["name"] == [f"0.{i}" for i in range(8)] + [f"2.{i}" for i in range(10)]
+    assert both.latents["max"][8:] == one.latents["max"]
+    assert [len(p["promoted"]) for p in both.pages] == [6] * 18
 
 
 class NoHook:

@@ -89,7 +89,8 @@ export function mount(el, state, { selected = null, onSelect = () => {}, fill = 
     const wanted = all.find((entry) => entry.key === view.kind);
     const byNumber = /^#?\d+$/.test(needle) ? Number(needle.replace("#", "")) : null;
     const fits = (i) => wanted.test(latents.kind[i]) &&
-      (!needle || latents.id[i] === byNumber || (!needle.startsWith("#") && search[i].includes(needle)));
+      (!needle || latents.id[i] === byNumber || latents.name[i] === needle.replace("#", "") ||
+        (!needle.startsWith("#") && search[i].includes(needle)));
     view.rows = [...Array(count).keys()].filter(fits);
     const column = columns.find((entry) => entry.key === view.sort);
     if (column) {
@@ -129,7 +130,8 @@ export function mount(el, state, { selected = null, onSelect = () => {}, fill = 
     const cells = columns.map((column) => {
       const cell = h("div", { role: "gridcell", class: `fb-cell fb-${column.key.replace(/\d+$/, "")}` });
       if (column.key === "id") {
-        cell.append(h("span", { class: `fb-dot fb-kind-${kindKey(latent)}` }), String(latents.id[latent]));
+        cell.append(h("span", { class: `fb-dot fb-kind-${kindKey(latent)}` }),
+          h("bdi", {}, ...running(latents.name[latent])));
       } else if (column.key === "name") {
         if (names[latent].length === 0) cell.append(h("span", { class: "fb-faint" }, "never active"));
         names[latent].forEach((text) => cell.append(h("bdi", { class: "fb-chip" }, ...visible(text))));

@@ -88,7 +88,7 @@ def static_table(state: BrowserState, n_rows: int = STATIC_ROWS) -> str:
     cells = "".join(f"<th>{_escape(h)}</th>" for h in heads)
     rows = [f"<tr>{cells}</tr>"]
     for i in order:
-        values = [state.latents["id"][i], *(f"{column[i]:.2f}" for column in state.latents["auroc"])]
+        values = [state.latents["name"][i], *(f"{column[i]:.2f}" for column in state.latents["auroc"])]
         values += [f"{100 * state.latents['density'][i]:.3g} %", state.latents["max"][i]]
         line = "".join(f"<td>{_escape(v)}</td>" for v in values)
         rows.append(f"<tr>{line}<td>{_example(state, i)}</td></tr>")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,38 +44,34 @@ def gather(
 ) -> BrowserState:
     """The browser state of `sae` on `prompts`: a list, or {group: list}, of user texts or (user text, answer) pairs.
 
-    `model` is a LoadedModel or a path; `sae` a sae-lens SAE or the folder one was saved in. Two groups are compared
-    with each other; with more, name the `contrasts` {name: (positive group, negative group)}. `site` and `layer` come
-    from the SAE's own metadata unless given. `options` go to `build_state`. Raises ValueError when the SAE does not fit
-    the model or a group is empty. Story: notebook 05.
+    `model` is a LoadedModel or a path; `sae` a sae-lens SAE, the folder one was saved in, or {layer: SAE} to see
+    several layers at once. Two groups are compared with each other; with more, name the `contrasts` {name: (positive
+    group, negative group)}. A contrast looks at the answer where there is one, else at the whole prompt. `site` and
+    `layer` come from the SAE's own metadata unless given. `options` go to `build_state`. Raises ValueError when the SAE
+    does not fit the model or a group is empty. Story: notebook 05.
     """
     lm = model if isinstance(model, LoadedModel) else load_model(model)
-    sae = load_sae(sae) if isinstance(sae, str | Path) else sae
-    site, layer = find_site(sae, site, layer)
-    _require_fit(lm, sae, site, layer)
+    stack = _stack(lm, sae, site, layer)
     rows, groups = _rows(prompts)
-    ids = [_ids(lm, row) for row in rows]
+    parts = [_ids(lm, row) for row in rows]
+    ids = [head + answer for head, answer in parts]
     check_lengths(lm, [len(row) for row in ids])
-    n_tokens, d_sae = sum(map(len, ids)), sae.W_dec.shape[0]
-    if 4 * n_tokens * d_sae > MAX_BYTES:
-        most = MAX_BYTES // (4 * d_sae)
-        raise ValueError(
-            f"{n_tokens} tokens of {d_sae} latents do not fit into memory; give at most {most} tokens of text."
-        )
-    acts = torch.empty(n_tokens, d_sae)
-    starts = torch.tensor([0, *(len(row) for row in ids)]).cumsum(0)
-    for i, values in _encoded(lm, sae, ids, site, layer, batch_size):
-        acts[starts[i] : starts[i + 1]] = values
-    notes = {"model": Path(lm.name).name, "site": f"{site} of layer {layer}", "latents": d_sae, "tokens": n_tokens}
+    acts, scores = _run(lm, stack, ids, [len(head) if answer else 0 for head, answer in parts], batch_size)
     text_of = token_texts(lm.tokenizer, sorted({token for row in ids for token in row}))
+    where = ", ".join(dict.fromkeys(f"{name} of layer {at}" for (name, at), _ in stack))
+    about = {"model": Path(lm.name).name, "site": where, "latents": acts.shape[1], "tokens": len(acts)}
+    named = [f"{at}.{i}" for (_, at), one in stack for i in range(one.W_dec.shape[0])] if len(stack) > 1 else None
     return build_state(
         [[text_of[token] for token in row] for row in ids],
         groups,
         acts,
         contrasts=_contrasts(contrasts, list(dict.fromkeys(groups))),
-        promoted=moved_tokens(lm, sae.W_dec, site, layer, n_moved),
+        scores=scores,
+        score_note="largest activation in the answer (in the prompt, where none was given)",
+        promoted=[row for (name, at), one in stack for row in moved_tokens(lm, one.W_dec, name, at, n_moved)],
+        names=named,
         title=title,
-        meta={**notes, **options.pop("meta", {})},
+        meta={**about, **options.pop("meta", {})},
         **options,
     )
 
@@ -140,22 +136,53 @@ def moved_tokens(lm: LoadedModel, w_dec: Float[Tensor, "d_sae d_in"], site: str,
 
 
 @torch.inference_mode()
-def _encoded(lm, sae, ids, site, layer, batch_size) -> Iterator[tuple[int, Tensor]]:
-    """(row, latents [tokens, d_sae]) for every row, in batches; a leading bos token is left out (set to zero)."""
+def _run(lm, stack, ids, judged_from, batch_size) -> tuple[Tensor, Tensor]:
+    """Latents of every token [n_tokens, d], and each row's largest from `judged_from` on [rows, d]; bos is 0."""
     arch, bos = lm.arch, lm.tokenizer.bos_token_id
-    by_head = getattr(sae.cfg, "reshape_activations", "none") == "hook_z"
+    n_tokens, d_sae = sum(map(len, ids)), sum(sae.W_dec.shape[0] for _, sae in stack)
+    if 4 * n_tokens * d_sae > MAX_BYTES:
+        most = MAX_BYTES // (4 * d_sae)
+        raise ValueError(
+            f"{n_tokens} tokens of {d_sae} latents do not fit into memory; give at most {most} tokens of text."
+        )
+    acts, scores = torch.empty(n_tokens, d_sae), torch.empty(len(ids), d_sae)
+    starts = torch.tensor([0, *(len(row) for row in ids)]).cumsum(0).tolist()
+    sites: dict[str, list[int]] = {}
+    for (site, layer), _ in stack:
+        sites.setdefault(site, []).append(layer)
     for rows in batches([len(row) for row in ids], batch_size):
         padded, mask = pad_right([ids[i] for i in rows], lm.pad_id)
-        with capture(lm, {site: [layer]}, stop=True) as cache:
+        with capture(lm, sites, stop=True) as cache:
             arch.decoder(input_ids=padded.to(arch.device), use_cache=False)
-        x = cache[(site, layer)][mask.to(arch.device)].to(sae.W_dec)
-        features = sae.encode(x.unflatten(-1, (arch.n_heads, arch.d_head)) if by_head else x).float().cpu()
-        end = 0
+        real, end = mask.to(arch.device), 0
+        features = torch.cat([_encode(sae, cache[key][real], arch).float().cpu() for key, sae in stack], dim=-1)
         for i in rows:
             start, end = end, end + len(ids[i])
             if bos is not None and ids[i][0] == bos:
                 features[start] = 0
-            yield i, features[start:end]
+            acts[starts[i] : starts[i + 1]] = features[start:end]
+            judged = features[start + judged_from[i] : end]
+            scores[i] = judged.gather(0, judged.abs().argmax(0)[None])[0]
+    return acts, scores
+
+
+def _encode(sae: Any, x: Float[Tensor, "n d_in"], arch: Any) -> Float[Tensor, "n d_sae"]:
+    x = x.to(sae.W_dec)
+    by_head = getattr(getattr(sae, "cfg", None), "reshape_activations", "none") == "hook_z"
+    return sae.encode(x.unflatten(-1, (arch.n_heads, arch.d_head)) if by_head else x)
+
+
+def _stack(lm: LoadedModel, sae: Any, site: str | None, layer: int | None) -> list[tuple[tuple[str, int], Any]]:
+    """[((site, layer), SAE)] in order of layers, each checked against the model."""
+    found = []
+    for at, one in (sae if isinstance(sae, Mapping) else {layer: sae}).items():
+        one = load_sae(one) if isinstance(one, str | Path) else one
+        key = find_site(one, site, at)
+        _require_fit(lm, one, *key)
+        found.append((key, one))
+    if not found:
+        raise ValueError("No SAE was given; pass one, or {layer: SAE}.")
+    return sorted(found, key=lambda pair: pair[0][1])
 
 
 def _rows(prompts: Any) -> tuple[list[Any], list[str]]:
@@ -172,12 +199,13 @@ def _rows(prompts: Any) -> tuple[list[Any], list[str]]:
     return [row for texts in named.values() for row in texts], [str(n) for n, texts in named.items() for _ in texts]
 
 
-def _ids(lm: LoadedModel, row: Any) -> list[int]:
+def _ids(lm: LoadedModel, row: Any) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of its answer (empty without one)."""
     if isinstance(row, str):
-        return lm.prompt_ids(row)
+        return lm.prompt_ids(row), []
     if not (isinstance(row, Sequence) and len(row) == 2 and all(isinstance(part, str) for part in row)):
         raise ValueError(f"A prompt is a text or a (text, answer) pair of texts, not {row!r:.80}.")
-    return lm.prompt_ids(row[0]) + lm.answer_ids(row[1])
+    return lm.prompt_ids(row[0]), lm.answer_ids(row[1])
 
 
 def _contrasts(named: Mapping[str, tuple[str, str]] | None, groups: list[str]) -> list[Contrast]:

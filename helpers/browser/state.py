@@ -99,6 +99,7 @@ def build_state(
     score_note: str = "largest activation in the text",
     labels: Mapping[str, Sequence[bool]] | None = None,
     promoted: Sequence[Mapping[str, Sequence[tuple[str, float]]]] | None = None,
+    names: Sequence[str] | None = None,
     title: str = "Feature browser",
     meta: Mapping[str, Any] | None = None,
     n_examples: int = 4,
@@ -109,16 +110,18 @@ def build_state(
 
     `activations` stacks the rows' tokens in order. A latent has a contrast when its AUROC interval lies above
     `threshold`, or, given `labels[contrast name]`, when that says so. `n_examples` are kept per latent and group, each
-    `window` tokens wide. Raises ValueError when the pieces do not fit each other. Story: notebook 05.
+    `window` tokens wide. `names` are shown instead of the latents' numbers. Raises ValueError when the pieces do not
+    fit each other. Story: notebook 05.
     """
-    rows = _check(tokens, groups, activations, contrasts, scores)
+    rows = _check(tokens, groups, activations, contrasts, scores, names)
     acts = activations.detach().to("cpu", torch.float32)
-    names = list(dict.fromkeys(groups))
-    of_row = np.array([names.index(g) for g in groups])
+    present = list(dict.fromkeys(groups))
+    of_row = np.array([present.index(g) for g in groups])
     peaks, where = _row_peaks(acts, rows)
     judged = peaks if scores is None else scores.detach().to("cpu", torch.float32).numpy()
     vocab = _Vocabulary()
-    latents = _columns(acts, peaks, judged, of_row, names, contrasts, threshold, labels)
+    latents = _columns(acts, peaks, judged, of_row, present, contrasts, threshold, labels)
+    latents["name"] = [_clip(n, TOKEN_LIMIT) for n in (range(acts.shape[1]) if names is None else names)]
     docs, pages = _pages(acts.numpy(), rows, peaks, where, of_row, tokens, vocab, n_examples, window)
     for page, moved in zip(pages, promoted or [{}] * len(pages), strict=True):
         for key in ("promoted", "suppressed"):
@@ -126,7 +129,7 @@ def build_state(
     return BrowserState(
         title=_clip(title, TEXT_LIMIT),
         meta={_clip(k, TEXT_LIMIT): _clip(v, TEXT_LIMIT) for k, v in (meta or {}).items()},
-        groups=[{"name": _clip(n, TEXT_LIMIT), "n": int((of_row == i).sum())} for i, n in enumerate(names)],
+        groups=[{"name": _clip(n, TEXT_LIMIT), "n": int((of_row == i).sum())} for i, n in enumerate(present)],
         contrasts=[{k: _clip(v, TEXT_LIMIT) for k, v in asdict(c).items()} for c in contrasts],
         threshold=threshold,
         vocab=vocab.texts,
@@ -163,7 +166,7 @@ def _short(value: Any) -> float:
     return float(f"{float(value):.3g}")
 
 
-def _check(tokens, groups, activations, contrasts, scores) -> list[slice]:
+def _check(tokens, groups, activations, contrasts, scores, names) -> list[slice]:
     """The slice of `activations` that belongs to each row, after one-sentence checks."""
     if len(tokens) == 0:
         raise ValueError("There are no prompts to browse; give at least one.")
@@ -179,6 +182,8 @@ def _check(tokens, groups, activations, contrasts, scores) -> list[slice]:
         )
     if not torch.isfinite(activations).all():
         raise ValueError("The activations hold NaN or infinity; the SAE does not fit this model, or was never trained.")
+    if names is not None and len(names) != activations.shape[1]:
+        raise ValueError(f"{len(names)} names came with {activations.shape[1]} latents; give one name per latent.")
     if scores is not None and tuple(scores.shape) != (len(tokens), activations.shape[1]):
         wanted = (len(tokens), activations.shape[1])
         raise ValueError(

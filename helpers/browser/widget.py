@@ -10,7 +10,6 @@ import anywidget
 import traitlets
 
 from helpers.browser.export import CSS, JS, export_html, fallback_html
-from helpers.browser.gather import gather
 from helpers.browser.state import BrowserState
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
@@ -50,4 +49,8 @@ class FeatureBrowser(anywidget.AnyWidget):
 
 def browse(model: Any, sae: Any, prompts: Any, **options: Any) -> FeatureBrowser:
     """Open the feature browser on any model and SAE in one line; arguments as for `gather` (story: notebook 05)."""
+    from helpers.browser.gather import (
+        gather,
+    )  # the models' libraries take seconds to import; looking at a state needs none
+
     return FeatureBrowser(gather(model, sae, prompts, **options))

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,10 @@ HOW = (
     "No Chromium was found: install one (Debian or Ubuntu: `apt-get install chromium`; elsewhere Google Chrome, or "
     "`python -m playwright install chromium`), or name its program in COMPANION_CHROMIUM."
 )
+SETTINGS = {  # nothing that asks the network, and every cell in the page (not only those in sight)
+    "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false, "doNotDisturbMode": true}',
+    "notebook-extension/tracker": '{"windowingMode": "none"}',
+}
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
@@ -61,27 +66,28 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture
-def open_page(chromium) -> Iterator:
-    """open_page(url, **context options) -> Watched; closed after the test."""
-    contexts = []
-
-    def open_(url: str, **options) -> Watched:
-        timeout = options.pop("timeout", 10_000)
-        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        contexts.append(context)
+@contextmanager
+def watched_page(browser, url: str, timeout: int = 30_000, **options) -> Iterator[Watched]:
+    """A page on `url` in a browser profile of its own, closed afterwards; waits last at most `timeout` milliseconds."""
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+    context.set_default_timeout(timeout)
+    try:
         watched = Watched(context.new_page())
         page = watched.page
-        page.set_default_timeout(timeout)
         page.on("console", lambda m: watched.errors.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: watched.errors.append(str(error)))
         page.on("request", lambda request: watched.requests.append(request.url))
-        page.goto(url)
-        return watched
-
-    yield open_
-    for context in contexts:
+        page.goto(url, timeout=120_000)
+        yield watched
+    finally:
         context.close()
+
+
+@pytest.fixture
+def open_page(chromium) -> Iterator:
+    """open_page(url, **context options) -> Watched; closed after the test."""
+    with ExitStack() as stack:
+        yield lambda url, **options: stack.enter_context(watched_page(chromium, url, **options))
 
 
 @dataclass
@@ -89,6 +95,7 @@ class Lab:
     """A running JupyterLab: `url(notebook)` opens a notebook below `folder`."""
 
     folder: Path
+    state: Path
     base: str
     token: str
 
@@ -105,11 +112,16 @@ def lab(chromium, tmp_path_factory) -> Iterator[Lab]:
         port = probe.getsockname()[1]
     token = "companion"
     settings = state / "settings"
-    (settings / "@jupyterlab" / "apputils-extension").mkdir(parents=True)
-    news = '{"fetchNews": "false", "checkForUpdates": false}'
-    (settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings").write_text(news)
+    for plugin, text in SETTINGS.items():
+        file = settings / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
     own = {"JUPYTER_CONFIG_DIR": state, "JUPYTERLAB_SETTINGS_DIR": settings, "JUPYTERLAB_WORKSPACES_DIR": state / "ws"}
-    own |= {"JUPYTER_RUNTIME_DIR": state / "runtime", "IPYTHONDIR": state / "ipython", "JUPYTER_DATA_DIR": state / "data"}
+    own |= {
+        "JUPYTER_RUNTIME_DIR": state / "runtime",
+        "IPYTHONDIR": state / "ipython",
+        "JUPYTER_DATA_DIR": state / "data",
+    }
     env = os.environ | {k: str(v) for k, v in own.items()} | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--ServerApp.port_retries=0"]
@@ -117,7 +129,7 @@ def lab(chromium, tmp_path_factory) -> Iterator[Lab]:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
         try:
             _wait(f"http://127.0.0.1:{port}/api?token={token}", server, state / "log")
-            yield Lab(folder, f"http://127.0.0.1:{port}", token)
+            yield Lab(folder, state, f"http://127.0.0.1:{port}", token)
         finally:
             server.terminate()
             server.wait(20)
