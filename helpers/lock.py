@@ -57,9 +57,14 @@ def read_lock(path: Path = LOCK) -> dict[str, str]:
     return {canonical(name): version for name, _, version in (line.partition("==") for line in lines if line)}
 
 
+def versions_to_lock() -> dict[str, str]:
+    """Return the closure of what the project asks for, without the GPU runtime that torch brings on some machines."""
+    return {n: v for n, v in closure(asked_for()).items() if not n.startswith(("nvidia-", "cuda-", "triton"))}
+
+
 def write_lock(path: Path = LOCK) -> Path:
-    """Write the lock of what is installed; packages of one vendor's GPUs come with torch and are never listed."""
-    versions = {n: v for n, v in closure(asked_for()).items() if not n.startswith(("nvidia-", "cuda-", "triton"))}
+    """Write the lock of what is installed."""
+    versions = versions_to_lock()
     return write_text(path, HEADER + "".join(f"{name}=={versions[name]}\n" for name in sorted(versions)))
 
 

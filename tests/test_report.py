@@ -134,7 +134,8 @@ def test_a_claim_takes_the_rules_verdict_with_its_reason():
 
 def figures():
     interval = Interval(0.5, 0.4, 0.6, 10)
-    yield report.lines([0, 1, 2], {"a": ([0.1, 0.2, 0.3], [0, 0.1, 0.2], [0.2, 0.3, 0.4])}, "A", "x", "y", name="lines_a")
+    band = ([0.1, 0.2, 0.3], [0, 0.1, 0.2], [0.2, 0.3, 0.4])
+    yield report.lines([0, 1, 2], {"a": band}, "A", "x", "y", name="lines_a")
     yield report.lines([0, 1], {"a": [interval, interval], "b": [0.1, 0.2]}, name="lines_b", reference=(0.3, "chance"))
     yield report.bars({"one": interval, "two": interval}, "B", "rate", name="bars_a", y_range=(0.0, 1.0))
     yield report.bars({"one": {"u": interval, "v": 0.2}, "two": {"u": interval}}, "B", "rate", name="bars_b")

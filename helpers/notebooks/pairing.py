@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jupytext
 import nbformat
-from jupytext.combine import combine_inputs_with_outputs
 from jupytext.config import load_jupytext_config
 from nbformat import NotebookNode
 
@@ -69,12 +68,20 @@ def sync(folder: Path = FOLDER) -> list[Path]:
         if executed is not None:
             if source_hash(fresh) == source_hash(executed):
                 continue
-            ids = [cell["id"] for cell in fresh.cells]
-            fresh = combine_inputs_with_outputs(fresh, executed, fmt="ipynb")
-            for cell, id in zip(fresh.cells, ids, strict=True):
-                cell["id"] = id
+            _keep_outputs(fresh, executed)
         changed.append(write_executed(fresh, source))
     return changed
+
+
+def _keep_outputs(fresh: NotebookNode, executed: NotebookNode) -> None:
+    """Give each code cell of `fresh` the outputs of the executed cell with the same text; an edited cell gets none."""
+    ran = [cell for cell in executed.cells if cell.cell_type == "code"]
+    for cell in (cell for cell in fresh.cells if cell.cell_type == "code"):
+        same = next((i for i, old in enumerate(ran) if old.source == cell.source), None)
+        if same is not None:
+            old = ran.pop(same)
+            cell.update(outputs=old.outputs, execution_count=old.execution_count)
+    fresh.metadata.update({k: v for k, v in executed.metadata.items() if k not in fresh.metadata})
 
 
 def problems(folder: Path = FOLDER) -> list[str]:

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any
 
 
 def clock(seconds: float) -> str:
@@ -19,7 +19,7 @@ class Progress:
 
     names: Sequence[str]
     expected: Mapping[str, Sequence[float]]
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    stream: Any = field(default_factory=lambda: sys.stderr)
     every: float = 15.0
 
     def __post_init__(self) -> None:
