@@ -6,6 +6,7 @@ arrays or CPU tensors. Bad input (empty, NaN, unequal lengths) raises ValueError
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,13 +113,13 @@ def auroc(pos: Any, neg: Any, level: float = 0.95) -> Interval:
     The interval stays inside [0, 1] and does not collapse at perfect separation. n counts both classes.
     """
     pos, neg = _vector(pos, "pos"), _vector(neg, "neg")
-    area = float(auroc_columns(pos[:, None], neg[:, None])[0][0])
+    area = min(max(float(auroc_columns(pos[:, None], neg[:, None])[0][0]), 0.0), 1.0)
     m, n, z = len(pos), len(neg), _z(level)
     half = (m + n) / 2 - 1
 
     def excess(theta: float) -> float:
         variance = theta * (1 - theta) * (1 + half * ((1 - theta) / (2 - theta) + theta / (1 + theta))) / (m * n)
-        return abs(area - theta) - z * np.sqrt(max(variance, 0.0))
+        return abs(area - theta) - z * math.sqrt(max(variance, 0.0))
 
     return Interval(area, _bisect(excess, 0.0, area), _bisect(excess, 1.0, area), m + n)
 
@@ -232,7 +233,7 @@ def _bisect(excess: Any, outside: float, inside: float) -> float:
     """Where |area - theta| = z * sd(theta), between a bound of [0, 1] and the estimate."""
     if excess(outside) <= 0:
         return outside
-    for _ in range(80):
+    for _ in range(50):
         middle = (outside + inside) / 2
         outside, inside = (middle, inside) if excess(middle) > 0 else (outside, middle)
     return outside
