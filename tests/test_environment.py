@@ -210,8 +210,8 @@ print(json.dumps({"where": where, "versions": versions, "missing": missing}))
 def machine(tmp_path_factory):
     """A clean Python like Colab's: its own torch and numpy, an old plotly, and the repository at a local address.
 
-    The packages to install are stand-in wheels. So this proves which packages the cell asks for, that torch and numpy stay,
-    and that the repository is fetched and importable; not that the real packages install on Colab's image of the day.
+    The packages to install are stand-in wheels. So this proves which packages the cell asks for, that torch and numpy
+    stay, and that the repository is fetched and importable; not that the real ones install on Colab's image of the day.
     """
     home = tmp_path_factory.mktemp("colab machine")
     wheels, content, origin = home / "wheels", home / "content", home / "origin"
