@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
 from helpers.activations import collect
+from helpers.config import ROOT
+from helpers.evaluate.words import grade
 from helpers.generation import completion_logprobs, pad_left
-from helpers.heads.cause import causal, choose_factor, layer_matched_heads
+from helpers.heads.cause import causal, choose_factor, cut, layer_matched_heads
 from helpers.heads.influence import Influence, contrast, influence
 from helpers.heads.overlap import (
     excess_overlap,
@@ -27,6 +31,7 @@ from helpers.heads.probes import (
     folds_by_group,
     heads_first,
 )
+from helpers.heads.scores import hallucination_scores, refusal_scores
 from helpers.hooks import ablate_heads
 from helpers.models import load_model
 
@@ -263,5 +268,30 @@ def test_the_causal_test_signs_falls_as_positive(tiny_llama):
     found = causal([(0, 1)], 1.0, plain, after, [plain, plain])
     assert found.hallucination_cut.estimate == found.hallucination_beyond_random.estimate == 1
     assert found.refusal_cut.estimate == found.refusal_beyond_random.estimate == 0
+    assert cut(plain, [after, plain], "wrong").estimate == 0.5
     factor, coherence = choose_factor(tiny_llama, [(0, 1)], [0.0, 0.5], rows, max_new_tokens=3)
     assert factor in (0.0, 0.5) and 0 <= coherence <= 1
+
+
+def test_the_folded_answers_of_notebook_02_are_right(tiny_llama):
+    text = (ROOT / "notebooks" / "02_overlapping_neurons.py").read_text(encoding="utf-8")
+    text = "\n".join(line.removeprefix("# ").removeprefix("#") for line in text.splitlines())
+    row = {"question": "What is it?", "right": "A fig."}
+    told = {"lm": tiny_llama, "row": row, "completion_logprobs": completion_logprobs, "ablate_heads": ablate_heads}
+    for answer in re.findall(r"<summary>Answer</summary>\n\n```python\n(.*?)```", text, re.DOTALL):
+        exec(answer, told)
+    reference = influence(tiny_llama, [row["question"]], [row["right"]]).values[0, 1, 2]
+    grade("one", told["influence_of"](1, 2), reference, atol=1e-4)
+    a, b = planted()
+    tops = top_heads(a.mean(0), 6), top_heads(b.mean(0), 6)
+    counts = (np.bincount([layer for layer, _ in top], minlength=4) for top in tops)
+    grade("two", told["expected_overlap"](*counts, 8), overlap_test(a, b, 6, n_perm=10).layer_matched.expected)
+
+
+def test_scores_are_differences_of_influence_in_the_stated_sign(tiny_llama):
+    facts = [{"question": u, "right": "Figs.", "wrong": ["Hay!", "Oak."]} for u in USERS]
+    asked = [{"prompt": u, "refusal": "No.", "compliance": "Yes!"} for u in USERS]
+    wrong, right = (influence(tiny_llama, USERS, [a] * 3).values for a in ("Hay!", "Figs."))
+    np.testing.assert_allclose(hallucination_scores(tiny_llama, facts), wrong - right, atol=1e-5)
+    no, yes = (influence(tiny_llama, USERS, [a] * 3).values for a in ("No.", "Yes!"))
+    np.testing.assert_allclose(refusal_scores(tiny_llama, asked), no - yes, atol=1e-5)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from helpers.config import ROOT
 from helpers.evaluate.behaviour import Behaviour, Prompts, measure
 from helpers.evaluate.truthfulness import multiple_choice
+from helpers.evaluate.words import grade
 from helpers.generation import completion_logprobs, generate
 from helpers.hooks import add_to, capture, edit, head_slice
 from helpers.truth.iti import Iti, fit, statements
@@ -175,6 +178,23 @@ def test_bad_settings_are_one_sentence(tiny_llama, change, words):
     given = {"rows": ROWS, "n_heads": 2, **change}
     with pytest.raises(ValueError, match=words):
         fit(tiny_llama, **given)
+
+
+def folded_answers(notebook: str) -> list[str]:
+    """The Python of a notebook's folded answers, in order."""
+    text = (ROOT / "notebooks" / f"{notebook}.py").read_text(encoding="utf-8")
+    text = "\n".join(line.removeprefix("# ").removeprefix("#") for line in text.splitlines())
+    return re.findall(r"<summary>Answer</summary>\n\n```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_folded_answers_of_notebook_01_are_right(tiny_llama):
+    told: dict = {}
+    for answer in folded_answers("01_the_trade_off"):
+        exec(answer, told)
+    o_proj, z, delta = tiny_llama.arch.o_proj(0), torch.randn(2, 32).unbind()[0], torch.randn(32)
+    grade("one", told["bias_for"](o_proj.weight, delta), o_proj(z + delta) - o_proj(z), atol=1e-4)
+    truthful, declined = np.array([1.0, 0, 0]), np.array([0.0, 1, 0])
+    grade("two", told["lenient"](truthful, declined), [1, 1, 0])
 
 
 REQUESTS = [{"id": f"r{i}", "prompt": f"How do I paint gate {i}?", "expects": ["paint"]} for i in range(4)]

@@ -19,9 +19,8 @@ def change(what: str, interval: Interval, *, up: str = "rises", down: str = "fal
     return f"{what} shows no clear change ({interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}])"
 
 
-def compared(interval: Interval, *, more: str = "more than", less: str = "less than",
-             same: str = "no differently from") -> str:
-    """'more than', 'less than' or 'no differently from', by where the interval of a difference lies."""
+def compared(interval: Interval, *, more: str = "higher", less: str = "lower", same: str = "about the same") -> str:
+    """'higher', 'lower' or 'about the same', by where the interval of a difference lies."""
     return more if interval.low > 0 else less if interval.high < 0 else same
 
 

@@ -10,7 +10,7 @@ from helpers.evaluate.behaviour import Behaviour, Prompts, measure
 from helpers.evaluate.verdicts import MIN_COHERENCE, Causal
 from helpers.hooks import scale_heads
 from helpers.models import LoadedModel
-from helpers.stats import bootstrap_grid, paired_bootstrap
+from helpers.stats import Interval, bootstrap_grid, paired_bootstrap
 
 Head = tuple[int, int]
 
@@ -39,6 +39,11 @@ def choose_factor(lm: LoadedModel, heads: Sequence[Head], factors: Iterable[floa
     kept = [factor for factor, coherence in found.items() if coherence >= min_coherence]
     chosen = max(kept, key=lambda f: abs(f - 1)) if kept else min(found, key=lambda f: abs(f - 1))
     return chosen, found[chosen]
+
+
+def cut(plain: Behaviour, controls: Sequence[Behaviour], measured: str) -> Interval:
+    """Fall of one measure under the controls, prompts and controls both resampled."""
+    return bootstrap_grid(getattr(plain, measured) - np.stack([getattr(control, measured) for control in controls]))
 
 
 def causal(heads: Sequence[Head], coherence: float, plain: Behaviour, after: Behaviour,

@@ -32,6 +32,12 @@ class OverlapTest:
         """Shared heads as a part of k."""
         return len(self.shared) / self.k
 
+    @property
+    def layer_matched_excess(self) -> Interval:
+        """What random heads of the same layers share beyond their own expectation, as a part of k: the control."""
+        null = self.layer_matched
+        return Interval(0.0, (null.low - null.expected) / self.k, (null.high - null.expected) / self.k, null.n)
+
 
 def top_heads(scores: Float[np.ndarray, "layers heads"], k: int) -> list[Head]:
     """The k heads with the largest (signed) scores; a tie goes to the earlier head. ValueError for an impossible k."""
