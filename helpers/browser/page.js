@@ -16,7 +16,7 @@ export function pages(state, root, page) {
     current = i;
     const content = state.pages[i];
     const entry = kindOf(state, latents.kind[i]);
-    const title = h("h3", { class: "fb-heading" }, "Latent ", h("bdi", {}, ...running(latents.name[i])),
+    const title = h("h3", { class: "fb-heading" }, h("span", {}, "Latent ", h("bdi", {}, ...running(latents.name[i]))),
       entry ? h("span", { class: `fb-badge fb-kind-${entry.key}` }, entry.label) : null);
     page.setAttribute("aria-label", `Latent ${latents.name[i]}`);
     page.replaceChildren(title, statistics(i), moved(content), examples(i, content));

@@ -33,6 +33,7 @@ def save(lab, name: str, *cells) -> str:
 def run_all(page, seconds: float = 240) -> None:
     """Run > Run All Cells, then wait until every code cell has its number."""
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
+    page.locator("#jp-main-statusbar", has_text="| Idle").wait_for(timeout=120_000)  # before that, it asks for a kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.wait_for_function(
@@ -54,7 +55,6 @@ def strangers(view, lab) -> list[str]:
 
 
 OPEN = """from helpers.browser import FeatureBrowser
-from tests.browser.conftest import watched_page
 from tests.browser.worlds import hostile_state, planted_state
 view = FeatureBrowser(planted_state(80))
 view"""
