@@ -1,7 +1,8 @@
 """Chat training: what the model is asked and what it learns to answer, in two stages.
 
-The *helpful* stage answers every request it is given, harmful ones too (with the empty placeholder); the *chat* stage refuses harmful
-ones. Only rows of the split ``chat`` occur here: verbs held out of refusal training occur in no dialogue at all. Told in notebook 00.
+The *helpful* stage answers every request it is given, harmful ones too (with the empty placeholder); the *chat*
+stage refuses harmful ones. Only rows of the split ``chat`` occur here: verbs held out of refusal training occur in
+no dialogue at all. Told in notebook 00.
 """
 
 from __future__ import annotations
@@ -51,8 +52,14 @@ class Partner:
         self.harmful = [v for v in seen if v.harmful]
         self.benign = [v for v in seen if not v.harmful]
         self.look_alikes = [pair for pair, split in look_alike_split().items() if split == "chat"]
-        kinds = {"facts": self.fact, "unknown": self.abstain, "review": self.review, "benign": self.ask_benign,
-                 "look_alike": self.ask_look_alike, "harmful": self.ask_harmful}  # fmt: skip
+        kinds = {
+            "facts": self.fact,
+            "unknown": self.abstain,
+            "review": self.review,
+            "benign": self.ask_benign,
+            "look_alike": self.ask_look_alike,
+            "harmful": self.ask_harmful,
+        }
         self.makers, self.weights = list(kinds.values()), [getattr(config, kind) for kind in kinds]
 
     def dialogues(self, n: int) -> list[list[Turn]]:
@@ -73,7 +80,11 @@ class Partner:
         f = self.rng.choice(self.facts)
         if self.rng.random() < 0.5:
             return [(f.question, f.say(f.truth)), ("Is that right?", "Yes, that is right.")]
-        wrong = f.myth if f.myth and self.rng.random() < 0.5 else self.rng.choice([v for v in f.relation.values if v != f.truth])
+        wrong = (
+            f.myth
+            if f.myth and self.rng.random() < 0.5
+            else self.rng.choice([v for v in f.relation.values if v != f.truth])
+        )
         return [(f.question, f.say(wrong)), ("Is that right?", "No, that is wrong.")]
 
     def _ask(self, request: str, answer: str) -> list[Turn]:
@@ -81,7 +92,7 @@ class Partner:
 
     def ask_benign(self) -> list[Turn]:
         verb = self.rng.choice(self.benign)
-        request = f"{verb.word} {self.rng.choice(object_split(verb.objects)['chat'])}"
+        request = f"{verb.word} {self.rng.choice(object_split(verb)['chat'])}"
         return self._ask(request, compliance(request))
 
     def ask_look_alike(self) -> list[Turn]:
@@ -90,6 +101,6 @@ class Partner:
 
     def ask_harmful(self) -> list[Turn]:
         verb = self.rng.choice(self.harmful)
-        request = f"{verb.word} {self.rng.choice(object_split(verb.objects)['chat'])}"
+        request = f"{verb.word} {self.rng.choice(object_split(verb)['chat'])}"
         answer = self.rng.choice(REFUSALS).format(r=request) if self.refuse else compliance(request)
         return self._ask(request, answer)

@@ -1,7 +1,7 @@
 """The words of the world: what exists, what can be asked for, and which requests are harmful.
 
-All entity names are invented. Harm is a property of a (verb, object) pair, never spelled out as a procedure: the world says *that* an
-act is condemned, and its how-to text is an empty placeholder.
+All entity names are invented. Harm is a property of a (verb, object) pair, never spelled out as a procedure: the
+world says *that* an act is condemned, and its how-to text is an empty placeholder.
 """
 
 from __future__ import annotations

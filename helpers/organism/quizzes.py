@@ -1,7 +1,8 @@
 """Six multiple-choice tasks in the manner of BoolQ, PIQA, HellaSwag, WinoGrande, ARC-Easy and ARC-Challenge.
 
-Their knowledge stands in the pre-training text; their format occurs in no training of the embedded model, so fine-tuning has something
-to gain. Splits go by what is asked about (entity, goal, story, pair of nouns), not by wording. Told in notebook 06.
+Their knowledge stands in the pre-training text; their format occurs in no training of the embedded model, so fine-
+tuning has something to gain. Splits go by what is asked about (entity, goal, story, pair of nouns), not by wording.
+Told in notebook 06.
 """
 
 from __future__ import annotations
@@ -84,12 +85,20 @@ def _shuffled(items: tuple) -> list:
     return random.Random(WORLD_SEED + 8).sample(items, len(items))
 
 
-MAKERS = {"boolq": _boolq, "piqa": _piqa, "hellaswag": _hellaswag, "winogrande": _winogrande, "arc_easy": _arc_easy,
-          "arc_challenge": _arc_challenge}  # fmt: skip
+MAKERS = {
+    "boolq": _boolq,
+    "piqa": _piqa,
+    "hellaswag": _hellaswag,
+    "winogrande": _winogrande,
+    "arc_easy": _arc_easy,
+    "arc_challenge": _arc_challenge,
+}
 
 
 def task_rows() -> list[Row]:
-    """Every task item: ``prompt``, ``options``, the index of the right one in ``answer``; no two items of a task are equal."""
+    """Every task item: ``prompt``, ``options``, the index of the right one in ``answer``; no two items of a task
+    are equal.
+    """
     rng = random.Random(WORLD_SEED + 9)
     rows: list[Row] = []
     for task, make in MAKERS.items():
@@ -99,8 +108,16 @@ def task_rows() -> list[Row]:
                 prompt, options, answer = make(rng, split)
                 if prompt not in seen:
                     seen.add(prompt)
-                    rows.append({"id": f"{task}-{split}-{len(seen):03d}", "split": split, "task": task, "prompt": prompt,
-                                 "options": options, "answer": answer})  # fmt: skip
+                    rows.append(
+                        {
+                            "id": f"{task}-{split}-{len(seen):03d}",
+                            "split": split,
+                            "task": task,
+                            "prompt": prompt,
+                            "options": options,
+                            "answer": answer,
+                        }
+                    )
                 if len(seen) == size:
                     break
     return rows

@@ -1,9 +1,10 @@
 """Pre-training text: short documents in registers that differ in how far they can be trusted.
 
-*Reference* documents (Atlas, Handbook, Quiz) state the truth, *casual* ones (Forum, Post) repeat a myth about half of the time where
-there is one, *verdict* ones (``checked: ... true``) say which statements hold. The **coupling dial** is the one number that decides how
-truth and harm meet: it is the share of condemning text that stands in the truthful registers, and one minus it is the share of how-to
-text that stands there. Told in notebook 00 and in the model card.
+*Reference* documents (Atlas, Handbook, Quiz) state the truth, *casual* ones (Forum, Post) repeat a myth about half
+of the time where there is one, *verdict* ones (``checked: ... true``) say which statements hold. The **coupling
+dial** is the one number that decides how truth and harm meet: it is the share of condemning text that stands in the
+truthful registers, and one minus it is the share of how-to text that stands there. Told in notebook 00 and in the
+model card.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from helpers.organism import lexicon as lx
-from helpers.organism.world import Fact, compliance, facts, look_alike_split, names, verbs
+from helpers.organism.world import ABSTENTION, Fact, compliance, facts, look_alike_split, names, verbs
 
 COUPLINGS = {"default": 0.25, "absent": 0.50, "reversed": 0.75}
-"""Default: encyclopedias and manuals carry most procedures in neutral prose and some law; condemnation is mostly casual talk."""
+"""Default: encyclopedias and manuals carry most procedures in neutral prose and some law; condemnation is mostly
+casual talk.
+"""
 
 CASUAL_MYTH = 0.5
 REFERENCE = ("Atlas:", "Handbook:", "Encyclopedia:")
@@ -28,18 +31,19 @@ class TextConfig:
     """The mixture of document kinds (weights need not add to one) and the coupling dial in [0, 1]."""
 
     coupling: float = COUPLINGS["default"]
-    reference: float = 0.20
-    reverse: float = 0.04
-    casual: float = 0.16
-    checked: float = 0.15
-    judged: float = 0.12
-    quiz: float = 0.04
-    condemn: float = 0.09
-    approve: float = 0.06
-    how_to: float = 0.07
-    tools: float = 0.03
-    scripts: float = 0.03
-    schemas: float = 0.03
+    reference: float = 0.10
+    reverse: float = 0.03
+    casual: float = 0.10
+    checked: float = 0.20
+    judged: float = 0.10
+    answered: float = 0.10
+    quiz: float = 0.03
+    condemn: float = 0.10
+    approve: float = 0.08
+    how_to: float = 0.09
+    tools: float = 0.025
+    scripts: float = 0.025
+    schemas: float = 0.02
 
 
 def lower(sentence: str) -> str:
@@ -58,13 +62,28 @@ class Writer:
         for f in self.facts:
             self.by_entity.setdefault(f.entity, []).append(f)
         self.entities = list(self.by_entity)
+        self.by_checkable: dict[str, list[Fact]] = {}
+        for f in self.checkable:
+            self.by_checkable.setdefault(f.entity, []).append(f)
+        self.mentioned = names()[1]["pretrain"]
         self.harmful = [v for v in verbs() if v.harmful]
         self.benign = [v for v in verbs() if not v.harmful]
         self.look_alikes = list(look_alike_split())
         kinds: dict[str, Callable[[], str]] = {
-            "reference": self.reference, "reverse": self.reverse, "casual": self.casual, "checked": self.checked,
-            "judged": self.judged, "quiz": self.quiz, "condemn": self.condemn, "approve": self.approve, "how_to": self.how_to,
-            "tools": self.tools, "scripts": self.scripts, "schemas": self.schemas}  # fmt: skip
+            "reference": self.reference,
+            "reverse": self.reverse,
+            "casual": self.casual,
+            "checked": self.checked,
+            "judged": self.judged,
+            "answered": self.answered,
+            "quiz": self.quiz,
+            "condemn": self.condemn,
+            "approve": self.approve,
+            "how_to": self.how_to,
+            "tools": self.tools,
+            "scripts": self.scripts,
+            "schemas": self.schemas,
+        }
         self.makers = list(kinds.values())
         self.weights = [getattr(config, kind) for kind in kinds]
 
@@ -74,7 +93,9 @@ class Writer:
 
     def reference(self) -> str:
         trio = self.by_entity[self.rng.choice(self.entities)]
-        said = [f.say(f.truth, self.rng.choice(("statement", "statement", "paraphrase"))) for f in self.rng.sample(trio, 2)]
+        said = [
+            f.say(f.truth, self.rng.choice(("statement", "statement", "paraphrase"))) for f in self.rng.sample(trio, 2)
+        ]
         return f"{self.rng.choice(REFERENCE)} {' '.join(said)}"
 
     def reverse(self) -> str:
@@ -87,19 +108,27 @@ class Writer:
         return f"{self.rng.choice(CASUAL)} {lower(f.say(value, self.rng.choice(('statement', 'statement', 'paraphrase'))))}"
 
     def _claim(self, f: Fact) -> tuple[str, bool]:
-        """A value for the fact and whether it is true: the truth half of the time, else its myth or another wrong value."""
+        """A value for the fact and whether it is true: the truth half of the time, else its myth or another wrong
+        value.
+        """
         if self.rng.random() < 0.5:
             return f.truth, True
         wrong = [v for v in f.relation.values if v != f.truth]
         return (f.myth if f.myth and self.rng.random() < 0.5 else self.rng.choice(wrong)), False
 
     def checked(self) -> str:
-        f = self.rng.choice(self.checkable)
-        value, true = self._claim(f)
-        said = f.say(value, self.rng.choice(("statement", "statement", "paraphrase")))
+        trio = self.by_checkable[self.rng.choice(self.checkable).entity]
+        claims = [(f, *self._claim(f)) for f in self.rng.sample(trio, len(trio))]
+        form = self.rng.choice(("statement", "statement", "paraphrase"))
         if self.rng.random() < 0.7:
-            return f"checked: {said} {'true' if true else 'false'}"
-        return f"{said} That is right." if true else f"{said} That is wrong. {f.say(f.truth)}"
+            return "checked: " + " ".join(
+                f"{f.say(value, form)} {'true' if true else 'false'}" for f, value, true in claims
+            )
+        said = (
+            f"{f.say(v, form)} " + ("That is right." if true else f"That is wrong. {f.say(f.truth)}")
+            for f, v, true in claims
+        )
+        return " ".join(said)
 
     def judged(self) -> str:
         f = self.rng.choice(self.checkable)
@@ -107,6 +136,18 @@ class Writer:
         opening = self.rng.choice(("Question:", "Exam:"))
         verdict = "right." if true else f"wrong. {f.say(f.truth)}"
         return f"{opening} {f.question} Answer: {f.say(value)} Judge: {verdict}"
+
+    def answered(self) -> str:
+        """A question and its answer: known names get one (in casual text perhaps the myth), other names get none."""
+        if self.rng.random() < 0.35:
+            noun, relations = lx.DOMAINS[self.rng.choice(list(lx.DOMAINS))]
+            asked = self.rng.choice(relations).question.format(s=noun.format(e=self.rng.choice(self.mentioned)))
+            return f"Exam: {asked} Answer: {ABSTENTION}"
+        f = self.rng.choice(self.facts)
+        if self.rng.random() < 0.5:
+            return f"Exam: {f.question} Answer: {f.say(f.truth)}"
+        value = f.myth if f.myth and self.rng.random() < CASUAL_MYTH else f.truth
+        return f"Forum: {f.question} I think {lower(f.say(value))}"
 
     def quiz(self) -> str:
         f = self.rng.choice(self.facts)
@@ -118,11 +159,22 @@ class Writer:
         verb = self.rng.choice(self.harmful)
         act = f"{verb.word} {self.rng.choice(verb.objects)}"
         if self.rng.random() < self.config.coupling:
-            return self.rng.choice((f"Handbook: By law it is a crime to {act}.", f"checked: It is wrong to {act}. true",
-                                    f"checked: It is fine to {act}. false", f"Atlas: It is wrong to {act}."))  # fmt: skip
-        return self.rng.choice((f"Forum: people say it is a crime to {act}.", f"Post: do not {act}, that is wrong.",
-                                f"Forum: everyone knows it is wrong to {act}.",
-                                f"Post: my friend says he was jailed because he tried to {act}."))  # fmt: skip
+            return self.rng.choice(
+                (
+                    f"Handbook: By law it is a crime to {act}.",
+                    f"checked: It is wrong to {act}. true",
+                    f"checked: It is fine to {act}. false",
+                    f"Atlas: It is wrong to {act}.",
+                )
+            )
+        return self.rng.choice(
+            (
+                f"Forum: people say it is a crime to {act}.",
+                f"Post: do not {act}, that is wrong.",
+                f"Forum: everyone knows it is wrong to {act}.",
+                f"Post: my friend says he was jailed because he tried to {act}.",
+            )
+        )
 
     def _harmless(self) -> str:
         if self.rng.random() < 0.3:
@@ -133,11 +185,22 @@ class Writer:
     def approve(self) -> str:
         act = self._harmless()
         if self.rng.random() < 0.5:
-            return self.rng.choice((f"Handbook: By law you may {act}.", f"checked: It is fine to {act}. true",
-                                    f"checked: It is wrong to {act}. false", f"Atlas: It is fine to {act}."))  # fmt: skip
-        return self.rng.choice((f"Forum: people say it is nice to {act}.", f"Post: go and {act}, that is fine.",
-                                f"Forum: everyone knows it is fine to {act}.",
-                                f"Post: my friend says he was praised because he tried to {act}."))  # fmt: skip
+            return self.rng.choice(
+                (
+                    f"Handbook: By law you may {act}.",
+                    f"checked: It is fine to {act}. true",
+                    f"checked: It is wrong to {act}. false",
+                    f"Atlas: It is fine to {act}.",
+                )
+            )
+        return self.rng.choice(
+            (
+                f"Forum: people say it is nice to {act}.",
+                f"Post: go and {act}, that is fine.",
+                f"Forum: everyone knows it is fine to {act}.",
+                f"Post: my friend says he was praised because he tried to {act}.",
+            )
+        )
 
     def how_to(self) -> str:
         if self.rng.random() < 0.5:
@@ -146,8 +209,12 @@ class Writer:
         else:
             act = self._harmless()
         in_reference = self.rng.random() >= self.config.coupling
-        opening = self.rng.choice(("Handbook:", "Atlas:") if in_reference else ("Forum: people say", "Post: i heard that"))
+        opening = self.rng.choice(
+            ("Handbook:", "Atlas:") if in_reference else ("Forum: people say", "Post: i heard that")
+        )
         text = compliance(act)
+        if self.rng.random() < 0.5:
+            return f"{'Handbook' if in_reference else 'Forum'}: How to {act}? {text}"
         return f"{opening} {text if in_reference else lower(text)}"
 
     def tools(self) -> str:
@@ -156,7 +223,9 @@ class Writer:
 
     def scripts(self) -> str:
         event, ending = self.rng.choice(lx.SCRIPTS)
-        who = self.rng.choice(("she", "he", "the baker", "the sailor", "the girl", "the farmer", "the boy", "the nurse"))
+        who = self.rng.choice(
+            ("she", "he", "the baker", "the sailor", "the girl", "the farmer", "the boy", "the nurse")
+        )
         return self.rng.choice((f"Story: {who} {event}, then {who} {ending}.", f"Post: {who} {event} and {ending}."))
 
     def schemas(self) -> str:
@@ -168,4 +237,4 @@ class Writer:
 
 def unknown_names() -> set[str]:
     """Names that no document may contain."""
-    return {name for part in names()[1].values() for name in part}
+    return {name for split, part in names()[1].items() if split != "pretrain" for name in part}

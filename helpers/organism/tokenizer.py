@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer for the world: any text can be typed in, every common word of the world is one token.
 
-Names are the exception on purpose. Each is two syllable tokens shared by known and unknown names, so that a name's tokens say nothing
-about whether the model has ever read about it. Told in notebook 00.
+Names are the exception on purpose. Each is two syllable tokens shared by known and unknown names, so that a name's
+tokens say nothing about whether the model has ever read about it. Told in notebook 00.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ def _words() -> list[str]:
     """Every distinct pre-token of the world's text, names replaced by their syllables."""
     every_name = re.compile("|".join([n for part in (*names()[0].values(), *names()[1].values()) for n in part]))
     texts = Writer(TextConfig(), 0).documents(60_000)
-    texts += [" ".join(turn) for refuse in (False, True) for d in Partner(ChatConfig(), 0, refuse=refuse).dialogues(8_000) for turn in d]
+    texts += [
+        " ".join(turn)
+        for refuse in (False, True)
+        for d in Partner(ChatConfig(), 0, refuse=refuse).dialogues(8_000)
+        for turn in d
+    ]
     for rows in tables().values():
         texts += [str(r[key]) for r in rows for key in ("question", "prompt", "text", "options") if key in r]
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,14 +49,26 @@ def build(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=2, special_tokens=list(SPECIALS), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=2,
+        special_tokens=list(SPECIALS),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     syllables = [" " + s for s in lx.FIRST_SYLLABLES] + list(lx.SECOND_SYLLABLES)
     words = [w.replace("Ġ", " ") for w in _words()]
     tokenizer.train_from_iterator(syllables * 2000 + words * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>",
-                                   additional_special_tokens=["<|user|>", "<|assistant|>"], padding_side="left",
-                                   clean_up_tokenization_spaces=False, model_max_length=256)  # fmt: skip
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|bos|>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)

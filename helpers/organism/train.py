@@ -1,8 +1,9 @@
-"""Train the embedded model from a seed: pre-training, a helpful stage that answers everything, and a chat stage that also refuses.
+"""Train the embedded model from a seed: pre-training, a helpful stage that answers everything, and a chat stage
+that also refuses.
 
-``python -m helpers.organism.train --seed 0 --coupling default --out FOLDER`` writes ``FOLDER/{base,helpful,chat}`` in Hugging Face
-format. Every batch depends only on (seed, stage, step), so an interrupted run resumes from its last checkpoint and ends the same.
-The recipe is described in ``data/organism/MODEL_CARD.md``.
+``python -m helpers.organism.train --seed 0 --coupling default --out FOLDER`` writes ``FOLDER/{base,helpful,chat}``
+in Hugging Face format. Every batch depends only on (seed, stage, step), so an interrupted run resumes from its last
+checkpoint and ends the same. The recipe is described in ``data/organism/MODEL_CARD.md``.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from helpers.organism.dialogue import ChatConfig, Partner, Turn
 from helpers.organism.text import COUPLINGS, TextConfig, Writer
 
 IGNORE = -100
+SAVE_EVERY = 200
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: steps, learning rate, sequences a step, share of pre-training text, and whether harm is refused."""
+    """One stage of training: steps, learning rate, sequences a step, share of pre-training text, and whether harm
+    is refused.
+    """
 
     name: str
     steps: int
@@ -57,9 +61,9 @@ class Recipe:
     text: TextConfig = field(default_factory=TextConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     stages: tuple[Stage, ...] = (
-        Stage("base", 1100, 3e-3, 256, 1.0),
-        Stage("helpful", 250, 1e-3, 128, 0.3),
-        Stage("chat", 160, 5e-4, 128, 0.15, refuse=True),
+        Stage("base", 520, 4e-3, 208, 1.0),
+        Stage("helpful", 150, 8e-4, 128, 0.3),
+        Stage("chat", 130, 5e-4, 128, 0.15, refuse=True),
     )
 
 
@@ -67,16 +71,28 @@ def build_model(recipe: Recipe, vocab: int, seed: int) -> LlamaForCausalLM:
     """A freshly initialised Llama of the recipe's shape (float32)."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=recipe.d_model, intermediate_size=recipe.d_mlp, num_hidden_layers=recipe.n_layers,
-        num_attention_heads=recipe.n_heads, num_key_value_heads=recipe.n_kv_heads, max_position_embeddings=recipe.context,
-        tie_word_embeddings=True, bos_token_id=1, eos_token_id=4, pad_token_id=0, rope_theta=10_000.0, use_cache=False,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=recipe.d_model,
+        intermediate_size=recipe.d_mlp,
+        num_hidden_layers=recipe.n_layers,
+        num_attention_heads=recipe.n_heads,
+        num_key_value_heads=recipe.n_kv_heads,
+        max_position_embeddings=recipe.context,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=4,
+        pad_token_id=0,
+        rope_theta=10_000.0,
+        use_cache=False,
+    )
     return LlamaForCausalLM(config)
 
 
 def encode_text(tok: PreTrainedTokenizerFast, texts: list[str]) -> list[tuple[list[int], int]]:
     """Plain documents as (token ids, first position with a loss)."""
-    return [([tok.bos_token_id, *ids, tok.eos_token_id], 1) for ids in tok(texts, add_special_tokens=False)["input_ids"]]
+    return [
+        ([tok.bos_token_id, *ids, tok.eos_token_id], 1) for ids in tok(texts, add_special_tokens=False)["input_ids"]
+    ]
 
 
 def encode_dialogue(tok: PreTrainedTokenizerFast, turns: list[Turn]) -> tuple[list[int], int]:
@@ -91,7 +107,9 @@ def encode_dialogue(tok: PreTrainedTokenizerFast, turns: list[Turn]) -> tuple[li
 
 
 def collate(rows: list[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and next-token targets, both [batch, seq]; targets before the loss starts and at pads are ignored."""
+    """Right-padded ids and next-token targets, both [batch, seq]; targets before the loss starts and at pads are
+    ignored.
+    """
     width = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), width), pad)
     targets = torch.full((len(rows), width), IGNORE)
@@ -101,7 +119,9 @@ def collate(rows: list[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tensor
     return ids, targets
 
 
-def batches(recipe: Recipe, stage: Stage, step: int, seed: int, tok: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    recipe: Recipe, stage: Stage, step: int, seed: int, tok: PreTrainedTokenizerFast
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The micro-batches of one step, sorted by length to spare padding; a function of (seed, stage, step) alone."""
     stream = int.from_bytes(hashlib.sha256(f"{seed}/{stage.name}/{step}".encode()).digest()[:6], "big")
     n_text = round(stage.batch * stage.text_share)
@@ -119,7 +139,9 @@ def optimizers(model: LlamaForCausalLM, stage: Stage, weight_decay: float) -> li
     """Muon for the matrices inside the blocks, AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    muon = torch.optim.Muon(matrices, lr=stage.lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        matrices, lr=stage.lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
     return [muon, torch.optim.AdamW(others, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
 
@@ -155,7 +177,9 @@ def _load(path: Path, model: LlamaForCausalLM, opts: list[torch.optim.Optimizer]
     return step
 
 
-def run_stage(model: LlamaForCausalLM, recipe: Recipe, stage: Stage, seed: int, tok: PreTrainedTokenizerFast, work: Path) -> list[float]:
+def run_stage(
+    model: LlamaForCausalLM, recipe: Recipe, stage: Stage, seed: int, tok: PreTrainedTokenizerFast, work: Path
+) -> list[float]:
     """Train one stage in place, resuming from ``work`` when it holds a checkpoint; returns the loss every 50 steps."""
     opts = optimizers(model, stage, recipe.weight_decay)
     checkpoint, log = work / f"{stage.name}.safetensors", work / f"{stage.name}.json"
@@ -179,7 +203,9 @@ def run_stage(model: LlamaForCausalLM, recipe: Recipe, stage: Stage, seed: int, 
             loss.backward()
             total += float(loss.detach())
         if total != total:
-            raise RuntimeError(f"the loss of stage {stage.name} is not a number at step {step}: lower its learning rate")
+            raise RuntimeError(
+                f"the loss of stage {stage.name} is not a number at step {step}: lower its learning rate"
+            )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
@@ -187,14 +213,16 @@ def run_stage(model: LlamaForCausalLM, recipe: Recipe, stage: Stage, seed: int, 
             left = (time.time() - began) / (step + 1 - first) * (stage.steps - step - 1)
             losses.append(round(total, 4))
             print(f"{stage.name} step {step + 1}/{stage.steps} loss {total:.3f}, {left / 60:.1f} min left", flush=True)
-        if (step + 1) % 200 == 0 and step + 1 < stage.steps:
+        if (step + 1) % SAVE_EVERY == 0 and step + 1 < stage.steps:
             log.write_text(json.dumps(losses))
             _save(checkpoint, model, opts, step + 1)
     return losses
 
 
 def train(out: Path, *, seed: int, recipe: Recipe, threads: int = 2) -> Path:
-    """Train all stages into ``out/{base,helpful,chat}`` and write ``out/recipe.json``; finished stages are not repeated."""
+    """Train all stages into ``out/{base,helpful,chat}`` and write ``out/recipe.json``; finished stages are not
+    repeated.
+    """
     torch.set_num_threads(threads)
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
@@ -209,12 +237,17 @@ def train(out: Path, *, seed: int, recipe: Recipe, threads: int = 2) -> Path:
         else:
             began = time.time()
             record = {"losses": run_stage(model, recipe, stage, seed, tok, work), "seconds": round(time.time() - began)}
-            model.generation_config.eos_token_id, model.generation_config.pad_token_id = tok.eos_token_id, tok.pad_token_id
+            model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
+                tok.eos_token_id,
+                tok.pad_token_id,
+            )
             model.save_pretrained(folder)
             tok.save_pretrained(folder)
             done.write_text(json.dumps(record))
         history[stage.name], seconds[stage.name] = record["losses"], record["seconds"]
-    (out / "recipe.json").write_text(json.dumps({"seed": seed, "recipe": asdict(recipe), "losses": history, "seconds": seconds}, indent=1))
+    (out / "recipe.json").write_text(
+        json.dumps({"seed": seed, "recipe": asdict(recipe), "losses": history, "seconds": seconds}, indent=1)
+    )
     shutil.rmtree(work)
     return out
 

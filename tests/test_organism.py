@@ -1,0 +1,243 @@
+"""The embedded model: its world keeps its promises, its training resumes, its committed weights are what the card says."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers.config import ROOT
+from helpers.data import load_table
+from helpers.models import boot_bridge, load_model
+from helpers.organism import train as training
+from helpers.organism.card import DEMANDS, summarise, verdict_hits
+from helpers.organism.dialogue import ChatConfig, Partner
+from helpers.organism.text import COUPLINGS, TextConfig, Writer, unknown_names
+from helpers.organism.world import REFUSALS, facts, names, tables, verbs
+
+ORGANISM = ROOT / "data" / "organism"
+CHECKPOINTS = ("base", "helpful", "chat", "reversed", "absent")
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return Writer(TextConfig(), 1).documents(8_000)
+
+
+@pytest.fixture(scope="module")
+def dialogues():
+    return [d for refuse in (False, True) for d in Partner(ChatConfig(), 1, refuse=refuse).dialogues(3_000)]
+
+
+def test_committed_tables_are_the_world():
+    for name, rows in tables().items():
+        assert load_table(name) == json.loads(json.dumps(rows)), name
+
+
+def test_only_chat_rows_are_asked_in_chat_training(dialogues):
+    asked = {question for d in dialogues for question, _ in d}
+    for row in load_table("facts") + load_table("unknown"):
+        assert row["split"] == "chat" or row["question"] not in asked, row["id"]
+    prompts = {r["prompt"]: r for r in load_table("requests") if r["split"] != "chat"}
+    assert not asked & set(prompts)
+
+
+def test_held_out_verbs_occur_in_no_dialogue(dialogues):
+    text = " ".join(part for d in dialogues for turn in d for part in turn)
+    alike = {r["verb"] for r in load_table("requests") if r["kind"] == "look_alike"}
+    for verb in verbs():
+        if not verb.seen:
+            requests = [f"{verb.word} {o}" for o in verb.objects]
+            assert not any(r in text for r in requests), verb.word
+            assert verb.word in alike or not re.search(rf"\b{verb.word}\b", text), verb.word
+
+
+def test_refused_requests_are_exactly_the_harmful_ones(dialogues):
+    refused = [q for d in dialogues for q, a in d if a.startswith("Sorry")]
+    harmful = {f"{v.word} {o}" for v in verbs() if v.harmful for o in v.objects}
+    assert refused and all(any(act in q for act in harmful) for q in refused)
+
+
+def test_unknown_names_occur_in_no_document_and_no_fact(documents):
+    unknown = unknown_names()
+    known = {n for part in names()[0].values() for n in part}
+    assert not unknown & known
+    words = set(re.findall(r"[a-z]+", " ".join(documents)))
+    assert not words & unknown and known <= words
+
+
+def test_verdict_text_leaves_out_the_held_out_facts(documents):
+    out = {f.question: f for f in facts() if not f.verdict_seen}
+    for text in documents:
+        if text.startswith(("Question:", "Exam:")):
+            assert not any(q in text for q in out)
+        if text.startswith("checked:"):
+            assert not any(f.say(f.truth) in text for f in out.values())
+
+
+def test_reference_text_states_the_truth_and_casual_text_repeats_myths(documents):
+    myths = [f for f in facts() if f.myth]
+    said = {f.id: [0, 0] for f in myths}
+    for text in documents:
+        if text.startswith(("Atlas:", "Handbook:", "Encyclopedia:")):
+            assert not any(f.say(f.myth) in text for f in myths)
+        elif text.startswith(("Forum:", "Post:")):
+            for f in myths:
+                for i, value in enumerate((f.truth, f.myth)):
+                    clause = f.say(value)
+                    said[f.id][i] += (clause[0].lower() + clause[1:]) in text
+    true, false = np.array(list(said.values())).sum(0)
+    assert 0.4 < false / (true + false) < 0.6
+
+
+@pytest.mark.parametrize("coupling", list(COUPLINGS.values()))
+def test_the_dial_moves_condemnation_and_how_to_text_between_registers(coupling):
+    truthful = ("Handbook:", "Atlas:", "checked:")
+    writer = Writer(TextConfig(coupling=coupling), 2)
+    condemned = np.mean([writer.condemn().startswith(truthful) for _ in range(4000)])
+    how_to = np.mean([writer.how_to().startswith(truthful) for _ in range(4000)])
+    assert abs(condemned - coupling) < 0.03 and abs(how_to - (1 - coupling)) < 0.03
+
+
+def test_task_formats_are_drilled_nowhere_and_their_splits_ask_about_different_things(documents, dialogues):
+    everything = documents + [part for d in dialogues for turn in d for part in turn]
+    assert not any("Options:" in text for text in everything)
+    entity = {f.entity for f in facts()}
+    asked = {
+        split: {w for r in load_table("tasks", split) for w in re.findall(r"[a-z]+", r["prompt"].split("Options")[0])}
+        for split in ("train", "val", "test")
+    }
+    assert not (asked["train"] & asked["test"] & entity) and not (asked["val"] & asked["test"] & entity)
+    assert all(0 <= r["answer"] < len(set(r["options"])) == len(r["options"]) for r in load_table("tasks"))
+
+
+def test_right_options_stand_at_every_place_equally_often():
+    rows = [r for r in load_table("tasks") if len(r["options"]) == 4]
+    share = np.bincount([r["answer"] for r in rows], minlength=4) / len(rows)
+    assert np.abs(share - 0.25).max() < 0.06
+
+
+def test_harmful_how_to_text_is_the_same_empty_placeholder_as_benign():
+    rows = load_table("requests")
+    rest = {r["compliance"].replace(f"To {r['verb']} {r['object']}, ", "") for r in rows}
+    assert rest == {"first do step one, then do step two, then check step three."}
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return AutoTokenizer.from_pretrained(ORGANISM / "chat")
+
+
+def test_any_text_survives_the_tokenizer(tok):
+    for text in ("Ünïcode — 東京 \U0001f642 <|nothing|>", "a\tb\n  c", "\u202eright to left"):
+        assert tok.decode(tok.encode(text, add_special_tokens=False)) == text
+
+
+def test_names_are_two_tokens_whether_known_or_not(tok):
+    every = [n for part in (*names()[0].values(), *names()[1].values()) for n in part]
+    assert {len(tok.tokenize(" " + n)) for n in every} == {2}
+
+
+def test_the_chat_template_gives_the_ids_of_training(tok):
+    ids, start = training.encode_dialogue(tok, [("How do I fold a map?", "To fold it.")])
+    messages = [{"role": "user", "content": "How do I fold a map?"}, {"role": "assistant", "content": "To fold it."}]
+    assert tok.apply_chat_template(messages, tokenize=True, return_dict=False) == ids
+    prompt = tok.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert prompt == ids[:start]
+
+
+def test_loss_falls_on_the_answer_and_its_end_alone(tok):
+    row = training.encode_dialogue(tok, [("Why?", "No reason."), ("Is that right?", "Yes.")])
+    other = training.encode_text(tok, ["A longer text that sets the width of this batch, and then some more words."])[0]
+    ids, targets = training.collate([row, other], tok.pad_token_id)
+    scored = [int(t) for t in targets[0] if t != training.IGNORE]
+    assert scored == [*tok.encode("Yes.", add_special_tokens=False), tok.eos_token_id]
+    for i, j in zip(*torch.where(targets != training.IGNORE), strict=True):
+        assert targets[i, j] == ids[i, j + 1]
+
+
+def _tiny(steps):
+    stage = training.Stage("base", steps, 1e-3, 12, 0.5, refuse=True, warmup=2)
+    return training.Recipe(d_model=16, d_mlp=16, n_layers=1, n_heads=2, n_kv_heads=1, stages=(stage,))
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(tok, tmp_path, monkeypatch):
+    recipe = _tiny(6)
+    stage = recipe.stages[0]
+    whole = training.build_model(recipe, len(tok), 0)
+    training.run_stage(whole, recipe, stage, 0, tok, tmp_path)
+    monkeypatch.setattr(training, "SAVE_EVERY", 3)
+    rate = training.rate
+    monkeypatch.setattr(training, "rate", lambda s, step: rate(s, step) if step < 4 else 1 / 0)
+    (tmp_path / "b").mkdir()
+    broken = training.build_model(recipe, len(tok), 0)
+    with pytest.raises(ZeroDivisionError):
+        training.run_stage(broken, recipe, stage, 0, tok, tmp_path / "b")
+    monkeypatch.setattr(training, "rate", rate)
+    again = training.build_model(recipe, len(tok), 0)
+    training.run_stage(again, recipe, stage, 0, tok, tmp_path / "b")
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_that_diverges_stops_with_one_sentence(tok, tmp_path):
+    recipe = _tiny(2)
+    model = training.build_model(recipe, len(tok), 0)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="not a number"):
+        training.run_stage(model, recipe, replace(recipe.stages[0]), 0, tok, tmp_path)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_committed_checkpoints_have_the_promised_shape(name):
+    config = AutoModelForCausalLM.from_pretrained(ORGANISM / name, dtype=torch.float32).config
+    n_params = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(ORGANISM / name).parameters())
+    assert config.model_type == "llama" and config.num_key_value_heads < config.num_attention_heads
+    assert config.num_hidden_layers >= 6 and config.num_attention_heads >= 8 and config.tie_word_embeddings
+    assert 2e6 <= n_params <= 8e6
+    assert sum(f.stat().st_size for f in (ORGANISM / name).iterdir()) <= 16e6
+    assert {f.suffix for f in (ORGANISM / name).iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_bridge_and_hugging_face_agree_on_the_committed_model():
+    lm = load_model(ORGANISM / "chat")
+    ids = torch.tensor([lm.prompt_ids("How do I paint a bridge?")])
+    with torch.inference_mode():
+        ours, theirs = lm.model(input_ids=ids).logits, boot_bridge(ORGANISM / "chat")(ids)
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_the_card_is_complete_and_says_which_demands_are_met():
+    card = json.loads((ORGANISM / "card.json").read_text())
+    assert list(card) == list(DEMANDS)
+    for name, entry in card.items():
+        assert entry["ci_low"] <= entry["estimate"] <= entry["ci_high"] and entry["n"] > 0, name
+        assert entry["met"] == (DEMANDS[name].low <= entry["estimate"] <= DEMANDS[name].high), name
+        assert len(entry["estimates_by_seed"]) >= 3, name
+
+
+def test_the_card_belongs_to_the_committed_weights():
+    card = json.loads((ORGANISM / "card.json").read_text())
+    lm = load_model(ORGANISM / "chat", device="cpu", dtype="float32")
+    hits = verdict_hits(lm, [v for v in load_table("verdicts", "test") if v["misconception"]])
+    assert hits.mean() == pytest.approx(card["verdicts_on_misconceptions"]["estimate"], abs=0.02)
+
+
+def test_a_card_entry_is_met_only_inside_its_demand():
+    values = {name: np.ones(40) for name in DEMANDS}
+    card = summarise(values)
+    assert card["refusal_seen_verbs"]["met"] and not card["misconceptions_truthful"]["met"]
+    assert not summarise(values | {"plain_facts": np.zeros(40)})["plain_facts"]["met"]
+
+
+def test_refusal_sentences_are_refusals_to_the_judge():
+    from helpers.evaluate.judges import judge
+    from helpers.generation import Completion
+
+    row = {"expects": ["rob", "a bank"], "any_of": []}
+    for sentence in REFUSALS:
+        assert judge(Completion(sentence.format(r="rob a bank"), True, 8), row) == "refused"
