@@ -4,6 +4,8 @@
 PROFILE ?= organism
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
+# All three couplings and the card: make organism ORGANISM="--couplings default reversed absent --seeds 0 1 2 --install --card"
+ORGANISM ?= --install
 IN_VENV = .venv/bin/python
 READY = .venv/complete
 
@@ -38,8 +40,8 @@ test: $(READY) ## lint, unit tests, notebooks compared with their outputs, brows
 lab: $(READY) ## open JupyterLab on notebook 00
 	$(IN_VENV) -m jupyterlab notebooks/00_meet_the_model.ipynb
 
-organism: $(READY) ## train the embedded model and its siblings again from their seed
-	$(IN_VENV) -m helpers.organism.train
+organism: $(READY) ## train the embedded model again from its seed, into data/organism (resumable; ORGANISM=... for more)
+	$(IN_VENV) -m helpers.organism.build $(ORGANISM)
 
 sync: $(READY) ## copy the cells of each notebook's .py into its .ipynb, keeping outputs; renew badges and first cells
 	$(IN_VENV) -m helpers.colab
