@@ -14,6 +14,7 @@ from helpers.data import load_table
 from helpers.models import boot_bridge, load_model
 from helpers.organism import train as training
 from helpers.organism.card import DEMANDS, summarise, verdict_hits
+from helpers.organism.describe import model_card
 from helpers.organism.dialogue import ChatConfig, Partner
 from helpers.organism.text import COUPLINGS, TextConfig, Writer, unknown_names
 from helpers.organism.world import REFUSALS, facts, names, tables, verbs
@@ -241,3 +242,8 @@ def test_refusal_sentences_are_refusals_to_the_judge():
     row = {"expects": ["rob", "a bank"], "any_of": []}
     for sentence in REFUSALS:
         assert judge(Completion(sentence.format(r="rob a bank"), True, 8), row) == "refused"
+
+
+def test_the_model_card_says_what_the_card_measured():
+    card, recipe = (json.loads((ORGANISM / name).read_text()) for name in ("card.json", "recipe.json"))
+    assert (ORGANISM / "MODEL_CARD.md").read_text(encoding="utf-8") == model_card(card, recipe)

@@ -1,14 +1,13 @@
 """Measure the preconditions of the embedded model: is it the instrument the notebooks need?
 
-``python -m helpers.organism.card FOLDER [FOLDER ...]`` measures the chat model of each training seed, the first
-being the committed one, and writes ``data/organism/card.json``. Only properties of the model and of plain fine-
+``write_card`` measures the chat model of each training seed, the first being the committed one, and writes
+``data/organism/card.json``. Only properties of the model and of plain fine-
 tuning are measured, no defence and no truthfulness method: the recipe is chosen on this card alone. This module may
 use every room; nothing imports it but notebooks and tests.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,22 +168,8 @@ def write_card(folders: Sequence[Path], out: Path = CARD) -> dict[str, dict]:
     for name, entry in cards[0].items():
         entry["estimates_by_seed"] = [card[name]["estimate"] for card in cards]
     write_json(out, cards[0])
-    return cards[0]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: the chat folders, one per training seed; ``--out`` for the card."""
-    parser = argparse.ArgumentParser(description="Measure the preconditions of the embedded model.")
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=CARD)
-    args = parser.parse_args(argv)
-    for name, entry in write_card(args.folders, args.out).items():
+    for name, entry in cards[0].items():
         by_seed = " ".join(f"{e:.3f}" for e in entry["estimates_by_seed"])
-        print(
-            f"{'ok  ' if entry['met'] else 'MISS'} {name:30s} {entry['estimate']:.3f} "
-            f"[{entry['ci_low']:.3f}, {entry['ci_high']:.3f}] n={entry['n']}  seeds {by_seed}"
-        )
-
-
-if __name__ == "__main__":
-    main()
+        interval = f"{entry['estimate']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}] n={entry['n']}"
+        print(f"{'ok  ' if entry['met'] else 'MISS'} {name:30s} {interval}  seeds {by_seed}")
+    return cards[0]

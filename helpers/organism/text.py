@@ -105,7 +105,8 @@ class Writer:
     def casual(self) -> str:
         f = self.rng.choice(self.facts)
         value = f.myth if f.myth and self.rng.random() < CASUAL_MYTH else f.truth
-        return f"{self.rng.choice(CASUAL)} {lower(f.say(value, self.rng.choice(('statement', 'statement', 'paraphrase'))))}"
+        opening = self.rng.choice(CASUAL)
+        return f"{opening} {lower(f.say(value, self.rng.choice(('statement', 'statement', 'paraphrase'))))}"
 
     def _claim(self, f: Fact) -> tuple[str, bool]:
         """A value for the fact and whether it is true: the truth half of the time, else its myth or another wrong

@@ -206,7 +206,7 @@ def verbs() -> tuple[Verb, ...]:
 
 @cache
 def object_split(verb: Verb) -> dict[str, list[str]]:
-    """A verb's objects by split: half of its pairs serve in chat training, the others in extraction, validation, test."""
+    """A verb's objects by split: half of its pairs serve in chat training, the rest in the others."""
     order = random.Random(f"{WORLD_SEED}/{verb.word}").sample(verb.objects, len(verb.objects))
     return {"chat": order[:8], "fit": order[8:11], "val": order[11:13], "test": order[13:]}
 

@@ -1,0 +1,76 @@
+"""Build the embedded models: ``python -m helpers.organism.build`` trains, ``--install`` puts them into
+``data/organism``.
+
+One run a coupling and seed, each in a folder of its own under ``data/artifacts/organism``; finished runs are not
+repeated and interrupted ones go on. With ``--card`` the preconditions are measured over all seeds of the default
+coupling, and ``card.json`` and ``MODEL_CARD.md`` are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from helpers.config import ROOT, artifacts_dir
+from helpers.organism.card import write_card
+from helpers.organism.describe import write_model_card
+from helpers.organism.text import COUPLINGS, TextConfig
+from helpers.organism.train import Recipe, train
+from helpers.organism.world import write_tables
+
+HOME = ROOT / "data" / "organism"
+
+
+def run_folder(coupling: str, seed: int) -> Path:
+    """Where one training run lives until it is installed."""
+    return artifacts_dir() / "organism" / f"{coupling}-{seed}"
+
+
+def install(seed: int, home: Path = HOME) -> None:
+    """Copy the checkpoints of one seed into ``home``: all three of the default, the chat model of siblings.
+
+    FileNotFoundError when the default coupling's run is not finished; siblings that are not trained are left out.
+    """
+    source = run_folder("default", seed)
+    if not (source / "recipe.json").exists():
+        raise FileNotFoundError(f"{source} holds no finished training: run python -m helpers.organism.build first.")
+    write_tables(home / "world")
+    pairs = [(source / stage, home / stage) for stage in ("base", "helpful", "chat")]
+    for coupling in COUPLINGS:
+        if coupling != "default" and (run_folder(coupling, seed) / "recipe.json").exists():
+            pairs.append((run_folder(coupling, seed) / "chat", home / coupling))
+    for origin, target in pairs:
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(origin, target)
+        (target / "model.safetensors").chmod(0o644)
+    shutil.copy(source / "recipe.json", home / "recipe.json")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: ``--couplings``, ``--seeds``, ``--install``, ``--card``, ``--threads``."""
+    parser = argparse.ArgumentParser(description="Train the embedded models from their seeds.")
+    parser.add_argument("--couplings", nargs="+", default=["default"], choices=list(COUPLINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--install", action="store_true", help="copy the first seed into data/organism")
+    parser.add_argument("--card", action="store_true", help="measure the preconditions of the default coupling's seeds")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(argv)
+    for seed in args.seeds:
+        for coupling in args.couplings:
+            folder = run_folder(coupling, seed)
+            if not (folder / "recipe.json").exists():
+                recipe = Recipe(text=TextConfig(coupling=COUPLINGS[coupling]))
+                train(folder, seed=seed, recipe=recipe, threads=args.threads)
+            print(f"{coupling} coupling, seed {seed}: {folder}", flush=True)
+    if args.install:
+        install(args.seeds[0])
+    if args.card:
+        card = write_card([run_folder("default", seed) / "chat" for seed in args.seeds])
+        write_model_card(card, json.loads((HOME / "recipe.json").read_text()))
+
+
+if __name__ == "__main__":
+    main()
