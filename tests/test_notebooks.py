@@ -235,6 +235,14 @@ def test_a_failing_cell_stops_the_run_names_itself_and_leaves_the_file_alone(sma
     assert (small / "00_small.ipynb").read_bytes() == before
 
 
+def test_another_profile_leaves_the_committed_notebooks_alone(small, monkeypatch, tmp_path):
+    before = (small / "00_small.ipynb").read_bytes()
+    monkeypatch.setenv("COMPANION_PROFILE", "organism-full")
+    running.run(small, timings=small / "timings.json")
+    assert (small / "00_small.ipynb").read_bytes() == before
+    assert (tmp_path / "results" / "organism-full" / "notebooks" / "00_small.ipynb").exists()
+
+
 def test_an_unknown_notebook_is_refused_with_the_names_there_are(small, capsys):
     assert main(["run", "09", "--folder", str(small)]) == 1
     assert "00_small" in capsys.readouterr().err

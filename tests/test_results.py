@@ -35,6 +35,12 @@ def test_a_claim_with_a_verdict_has_an_interval_and_a_control():
             assert row["ci_low"] <= row["estimate"] <= row["ci_high"] and row["control"]["name"]
 
 
+def test_every_recorded_value_is_checked_by_a_notebook():
+    expected = json.loads((ROOT / "data" / "expected" / "organism.json").read_text(encoding="utf-8"))
+    notebooks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("*.py"))
+    assert [name for name in expected if f'"{name}"' not in notebooks] == []
+
+
 def test_this_runs_claims_are_the_committed_ones():
     home = os.environ.get("COMPANION_RESULTS")
     found = claims(Path(home) / profile().name) if home else {}

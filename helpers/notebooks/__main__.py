@@ -42,6 +42,9 @@ def _run(given: argparse.Namespace) -> int:
     except (NotebookFailed, ValueError, FileNotFoundError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nStopped. The same command takes up what was computed.", file=sys.stderr)
+        return 130
     print(*ran.stderr, sep="\n", end="\n" if ran.stderr else "", file=sys.stderr)
     if not given.only:
         rows = collect_claims()

@@ -2,6 +2,7 @@
 
 A run that was killed is started again by the same command: the notebooks run from the first, and what they had computed
 is found in the store, so that they come out the same. A notebook's file changes only when all its cells have run.
+The committed notebooks show the profile `organism`; other profiles save theirs among their results.
 """
 
 import json
@@ -14,7 +15,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from helpers.config import ROOT, profile
+from helpers.config import ROOT, profile, results_dir
 from helpers.notebooks.pairing import FOLDER, LANGUAGE, read_source, source_hash, sources, write_executed
 from helpers.notebooks.progress import Progress, clock
 from helpers.store import write_json
@@ -121,5 +122,6 @@ def _finish(nb: NotebookNode, source: Path) -> list[str]:
     nb.metadata.pop("widgets", None)
     nb.metadata["language_info"] = NotebookNode(LANGUAGE)
     nb.metadata["companion"] = NotebookNode({"profile": profile().name, "source_sha256": source_hash(nb)})
-    write_executed(nb, source)
+    at_home = profile().name == "organism"
+    write_executed(nb, source if at_home else results_dir() / "notebooks" / source.name)
     return warnings
