@@ -33,9 +33,9 @@ class SaeConfig:
     layers: tuple[int, ...] = (2, 3, 4)
     width: int = 1024
     k: int = 16
-    n_tokens: int = 300_000
-    lr: float = 1e-3
-    batch_size: int = 512
+    n_tokens: int = 100_000
+    lr: float = 2e-3
+    batch_size: int = 256
 
 
 @dataclass(frozen=True)

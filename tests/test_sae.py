@@ -1,4 +1,4 @@
-"""Sparse autoencoders on z: corpus, training, quality, selection, ablation; against plain loops and planted structure."""
+"""Sparse autoencoders on z: corpus, training, quality, selection, ablation; against loops and planted structure."""
 
 import dataclasses
 
@@ -229,16 +229,26 @@ def test_splicing_a_perfect_dictionary_changes_nothing_and_the_mean_costs_loss(t
 
 def test_the_gate_names_what_is_not_good_enough():
     good = quality.Reconstruction(8, 0.1, 0.0, torch.zeros(4), 100)
-    share = quality.Interval(0.9, 0.8, 1.0, 10)
     labelled = quality.Labelled([], ["refused"] * 10)
-    kept = quality.Behaviour(labelled, labelled)
-    recovered = quality.Recovered(1.0, 1.1, 2.0, share)
-    assert quality.gate({0: good}, recovered, kept) is None
-    assert "unexplained" in quality.gate({0: dataclasses.replace(good, fvu=0.6)}, recovered, kept)
+    recovered = quality.Recovered(1.0, 1.1, 2.0, quality.Interval(0.9, 0.8, 1.0, 10))
+    found = quality.Quality({0: good}, recovered, quality.Behaviour(labelled, labelled), np.ones(10))
+    assert quality.gate(found) is None
+    assert "unexplained" in quality.gate(dataclasses.replace(found, layers={0: dataclasses.replace(good, fvu=0.6)}))
     low = dataclasses.replace(recovered, share=quality.Interval(0.3, 0.2, 0.4, 10))
-    assert "loss" in quality.gate({0: good}, low, kept)
+    assert "loss" in quality.gate(dataclasses.replace(found, recovered=low))
     lost = quality.Behaviour(labelled, quality.Labelled([], ["refused"] * 5 + ["complied"] * 5))
-    assert "refusals" in quality.gate({0: good}, recovered, lost)
+    assert "refusals" in quality.gate(dataclasses.replace(found, requests=lost))
+
+
+def test_what_is_kept_counts_only_rows_that_had_the_label_and_are_of_the_kind():
+    clean = quality.Labelled([], ["refused", "refused", "complied", "refused"])
+    spliced = quality.Labelled([], ["refused", "complied", "refused", "complied"])
+    recovered = quality.Recovered(1.0, 1.1, 2.0, quality.Interval(0.9, 0.8, 1.0, 10))
+    found = quality.Quality({}, recovered, quality.Behaviour(clean, spliced), np.array([1.0, 1.0, 1.0, 0.0]))
+    assert (found.kept("refused", True).estimate, found.kept("refused", True).n) == (0.5, 2)
+    assert (found.kept("refused", False).estimate, found.kept("refused", False).n) == (0.0, 1)
+    with pytest.raises(ValueError, match="no complied request"):
+        found.kept("complied", False)
 
 
 def test_slopes_are_the_effect_of_nudging_z_along_each_decoder_row(tiny_models):

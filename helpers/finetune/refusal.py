@@ -64,7 +64,7 @@ def contrast_subspaces(
 
 
 def z_contrast(lm: LoadedModel, layers: Sequence[int], p: Profile | None = None) -> dict[int, torch.Tensor]:
-    """{layer: unit direction [n_heads * d_head, 1]} of harmful minus benign fit prompts in z at the prompt's last token."""
+    """{layer: unit direction [n_heads * d_head, 1]} of harmful minus benign fit prompts in z, last prompt token."""
     p = p or profile()
     rows = load_table("requests", "fit")
     groups = [[r["prompt"] for r in rows if (r["kind"] == "harmful") is harmful] for harmful in (True, False)]

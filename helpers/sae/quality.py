@@ -8,102 +8,27 @@ L0. Notebook 03 tells the story.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from helpers.config import Profile, profile
+from helpers.data import load_table
 from helpers.evaluate.refusal import Labelled, label_completions
 from helpers.generation import completion_logprobs
-from helpers.hooks import edit
 from helpers.models import LoadedModel
-from helpers.sae.corpus import Tokens
-from helpers.stats import Interval, paired_bootstrap
+from helpers.sae.corpus import Tokens, collect_z, world_texts
+from helpers.sae.dictionaries import Components, Dictionary, active, splice, untrained
+from helpers.sae.training import Trained, model_key
+from helpers.stats import Interval, paired_bootstrap, wilson
+from helpers.store import cached_json
 
 MAX_FVU, MIN_RECOVERED, MIN_REFUSAL_KEPT = 0.35, 0.80, 0.90  # below this, notebook 04 draws no conclusion
-
-
-@runtime_checkable
-class Dictionary(Protocol):
-    """Anything that encodes vectors into latents and decodes latents into vectors; every sae-lens SAE is one."""
-
-    def encode(self, x: Tensor) -> Tensor:
-        """[..., d_in] to [..., d_sae]."""
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """[..., d_sae] to [..., d_in]."""
-
-
-@dataclass(frozen=True)
-class Components:
-    """The leading k principal components as a dictionary: every token uses all k, so its L0 is k. k = 0 is the mean
-    alone.
-    """
-
-    mean: Float[Tensor, " d"]
-    basis: Float[Tensor, "d k"]
-
-    @classmethod
-    def fit(cls, z: Float[Tensor, "n d"], k: int) -> Components:
-        """Fit on the rows of z, in float64; ValueError for more components than dimensions."""
-        if not 0 <= k <= z.shape[1]:
-            raise ValueError(f"There are {z.shape[1]} principal components, not {k}.")
-        mean = z.double().mean(0)
-        _, vectors = torch.linalg.eigh((z.double() - mean).T @ (z.double() - mean))
-        return cls(mean.float(), vectors[:, len(mean) - k :].float())
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Coordinates along the components."""
-        return (x - self.mean.to(x)) @ self.basis.to(x)
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """Back to the space of x."""
-        return feature_acts @ self.basis.to(feature_acts).T + self.mean.to(feature_acts)
-
-
-@torch.no_grad()
-def untrained(sae: Any, z: Float[Tensor, "n d"], seed: int = 0) -> Any:
-    """A copy of the SAE with random unit decoder rows, tied encoder, and the threshold and one scale fitted on z.
-
-    Its L0 on z equals the trained one's and its scale is the best single factor: a control with every help but
-    learning.
-    """
-    sae = deepcopy(sae)
-    wanted = int(active(sae.encode(z)).float().sum())
-    rows = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed))
-    rows = (rows / rows.norm(dim=1, keepdim=True)).to(sae.W_dec)
-    sae.W_dec.copy_(rows)
-    sae.W_enc.copy_(rows.T)
-    sae.b_dec.copy_(z.mean(0))
-    sae.b_enc.zero_()
-    sae.threshold.zero_()
-    acts = sae.encode(z).flatten()
-    sae.threshold.fill_(acts.kthvalue(acts.numel() - min(wanted, acts.numel() - 1)).values.item())
-    flat, raw = (z - z.mean(0)).flatten(), (sae.decode(sae.encode(z)) - sae.b_dec).flatten()
-    sae.W_dec.mul_((flat @ raw / raw.square().sum().clamp_min(1e-12)).item())
-    return sae
-
-
-def active(f: Tensor) -> Tensor:
-    """Which latents fire."""
-    return f != 0
-
-
-@contextmanager
-def splice(lm: LoadedModel, dictionaries: Mapping[int, Dictionary]) -> Iterator[None]:
-    """Replace z of each layer by its reconstruction, at every position of every forward inside the block."""
-
-    def through(dictionary: Dictionary) -> Any:
-        return lambda x: dictionary.decode(dictionary.encode(x.float())).to(x)
-
-    with edit(lm.model, {("z", layer): through(dictionary) for layer, dictionary in dictionaries.items()}):
-        yield
 
 
 @dataclass(frozen=True)
@@ -200,15 +125,107 @@ def behaviour(
         return Behaviour(clean, label_completions(lm, rows, **kwargs))
 
 
-def gate(measured: Mapping[int, Reconstruction], recovered: Recovered, refusals: Behaviour) -> str | None:
-    """Why these SAEs are not good enough to draw conclusions from, or None. Thresholds [own] stand at the top of this
+@dataclass(frozen=True)
+class HeldOut:
+    """What quality is measured on: tokens of one split without position 0, rows of prompts and answers, requests, and
+    what
+    the clean model does with those."""
+
+    tokens: Tokens
+    answers: list[tuple[str, str]]
+    requests: list[dict]
+    clean: Labelled
+
+    @classmethod
+    def of(cls, lm: LoadedModel, p: Profile, layers: Sequence[int], split: str = "test") -> HeldOut:
+        """Collect everything once; each kind of row is cut to the profile's `n_prompts`."""
+        texts = world_texts(lm, split, n=p.n_prompts)
+        rows = load_table("requests", split)
+        harmful = [row for row in rows if row["kind"] == "harmful"][: p.n_prompts]
+        benign = [row for row in rows if row["kind"] != "harmful"][: p.n_prompts]
+        answers = [(row["prompt"], row["refusal"]) for row in harmful] + [
+            (r["prompt"], r["compliance"]) for r in benign
+        ]
+        answers += [(row["question"], row["right"]) for row in load_table("facts", split)[: p.n_prompts]]
+        asked = harmful + benign
+        clean = label_completions(lm, asked, max_new_tokens=p.max_new_tokens, batch_size=p.batch_size)
+        return cls(collect_z(lm, texts, layers, batch_size=p.batch_size).without_first(), answers, asked, clean)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Everything this module measures of one dictionary per layer."""
+
+    layers: dict[int, Reconstruction]
+    recovered: Recovered
+    requests: Behaviour
+    harmful: Float[np.ndarray, " n"]
+
+    def kept(self, label: str, harmful: bool) -> Interval:
+        """Share of the rows with this label under the clean model that keep it when z is replaced."""
+        of_kind = self.harmful == float(harmful)
+        had = (self.requests.clean.is_(label) > 0) & of_kind
+        if not had.any():
+            raise ValueError(f"The clean model has no {label} request of this kind, so none can be kept.")
+        return wilson(int(self.requests.spliced.is_(label)[had].sum()), int(had.sum()))
+
+    def row(self, name: str) -> dict[str, Any]:
+        """One line of a table; means over layers, FVU of the worst layer."""
+        layers = self.layers.values()
+        return {
+            "dictionary": name,
+            "L0": float(np.mean([r.l0 for r in layers])),
+            "FVU (worst layer)": max(r.fvu for r in layers),
+            "dead": float(np.mean([r.dead for r in layers])),
+            "loss recovered": self.recovered.share,
+            "refusals kept": self.kept("refused", True),
+            "same label": self.requests.same,
+        }
+
+
+def measure(lm: LoadedModel, dictionaries: Mapping[int, Dictionary], held: HeldOut, p: Profile) -> Quality:
+    """All quality numbers of one dictionary per layer, each layer's reconstruction alone and all layers spliced
+    together.
+    """
+    size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
+    layers = {n: reconstruction(dictionary, held.tokens.z[n]) for n, dictionary in dictionaries.items()}
+    recovered = loss_recovered(lm, held.answers, dictionaries, held.tokens, batch_size=p.batch_size)
+    requests = behaviour(lm, held.requests, dictionaries, held.clean, **size)
+    harmful = np.array([float(row["kind"] == "harmful") for row in held.requests])
+    return Quality(layers, recovered, requests, harmful)
+
+
+def controls(saes: Mapping[int, Any], fit: Tokens, seed: int = 0) -> dict[str, dict[int, Dictionary]]:
+    """Two dictionaries per layer that learned no features, at the SAE's own L0 on the fit tokens."""
+    l0 = {n: max(round(reconstruction(sae, fit.z[n]).l0), 1) for n, sae in saes.items()}
+    return {
+        "untrained SAE": {n: untrained(sae, fit.z[n], seed=seed) for n, sae in saes.items()},
+        "principal components": {n: Components.fit(fit.z[n], l0[n]) for n in saes},
+    }
+
+
+def gate(found: Quality) -> str | None:
+    """Why these SAEs are not good enough to draw conclusions from, or None; thresholds [own] at the top of this
     module.
     """
-    for layer, r in measured.items():
+    for layer, r in found.layers.items():
         if r.fvu > MAX_FVU:
             return f"The SAE of layer {layer} leaves more than {MAX_FVU:.0%} of the variance unexplained."
-    if recovered.share.estimate < MIN_RECOVERED:
+    if found.recovered.share.estimate < MIN_RECOVERED:
         return f"The spliced model recovers less than {MIN_RECOVERED:.0%} of the loss."
-    if refusals.spliced.is_("refused").sum() < MIN_REFUSAL_KEPT * refusals.clean.is_("refused").sum():
+    if found.kept("refused", True).estimate < MIN_REFUSAL_KEPT:
         return f"The spliced model keeps less than {MIN_REFUSAL_KEPT:.0%} of the refusals."
     return None
+
+
+def gated(lm: LoadedModel, trained: Trained, p: Profile | None = None) -> str | None:
+    """The gate on validation prompts for the profile's SAEs, answered once and kept as an artifact (story: notebook
+    04).
+    """
+    p = p or profile()
+
+    def make() -> str | None:
+        held = HeldOut.of(lm, p, sorted(trained.saes), split="val")
+        return gate(measure(lm, trained.saes, held, p))
+
+    return cached_json("sae-gate", {"model": model_key(lm), "sae": trained.key, "n": p.n_prompts}, make)

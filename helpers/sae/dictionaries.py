@@ -1,0 +1,96 @@
+"""What can stand in for z: a trained SAE, dictionaries that learned nothing, and the splice that puts one in the model.
+
+Notebook 03 tells the story.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from helpers.hooks import edit
+from helpers.models import LoadedModel
+
+
+@runtime_checkable
+class Dictionary(Protocol):
+    """Anything that encodes vectors into latents and decodes latents into vectors; every sae-lens SAE is one."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[..., d_in] to [..., d_sae]."""
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """[..., d_sae] to [..., d_in]."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """The leading k principal components as a dictionary: every token uses all k, so its L0 is k. k = 0 is the mean
+    alone.
+    """
+
+    mean: Float[Tensor, " d"]
+    basis: Float[Tensor, "d k"]
+
+    @classmethod
+    def fit(cls, z: Float[Tensor, "n d"], k: int) -> Components:
+        """Fit on the rows of z, in float64; ValueError for more components than dimensions."""
+        if not 0 <= k <= z.shape[1]:
+            raise ValueError(f"There are {z.shape[1]} principal components, not {k}.")
+        mean = z.double().mean(0)
+        _, vectors = torch.linalg.eigh((z.double() - mean).T @ (z.double() - mean))
+        return cls(mean.float(), vectors[:, len(mean) - k :].float())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Coordinates along the components."""
+        return (x - self.mean.to(x)) @ self.basis.to(x)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Back to the space of x."""
+        return feature_acts @ self.basis.to(feature_acts).T + self.mean.to(feature_acts)
+
+
+@torch.no_grad()
+def untrained(sae: Any, z: Float[Tensor, "n d"], seed: int = 0) -> Any:
+    """A copy of the SAE with random unit decoder rows, tied encoder, and the threshold and one scale fitted on z.
+
+    Its L0 on z equals the trained one's and its scale is the best single factor: a control with every help but
+    learning.
+    """
+    sae = deepcopy(sae)
+    wanted = int(active(sae.encode(z)).float().sum())
+    rows = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed))
+    rows = (rows / rows.norm(dim=1, keepdim=True)).to(sae.W_dec)
+    sae.W_dec.copy_(rows)
+    sae.W_enc.copy_(rows.T)
+    sae.b_dec.copy_(z.mean(0))
+    sae.b_enc.zero_()
+    sae.threshold.zero_()
+    acts = sae.encode(z).flatten()
+    sae.threshold.fill_(acts.kthvalue(acts.numel() - min(wanted, acts.numel() - 1)).values.item())
+    flat, raw = (z - z.mean(0)).flatten(), (sae.decode(sae.encode(z)) - sae.b_dec).flatten()
+    sae.W_dec.mul_((flat @ raw / raw.square().sum().clamp_min(1e-12)).item())
+    return sae
+
+
+def active(f: Tensor) -> Tensor:
+    """Which latents fire."""
+    return f != 0
+
+
+@contextmanager
+def splice(lm: LoadedModel, dictionaries: Mapping[int, Dictionary]) -> Iterator[None]:
+    """Replace z of each layer by its reconstruction, at every position of every forward inside the block."""
+
+    def through(dictionary: Dictionary) -> Any:
+        return lambda x: dictionary.decode(dictionary.encode(x.float())).to(x)
+
+    with edit(lm.model, {("z", layer): through(dictionary) for layer, dictionary in dictionaries.items()}):
+        yield
