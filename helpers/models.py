@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,21 +20,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
-from helpers.arch import Arch, find_arch, norm_gain, unwrap
+from helpers.arch import Arch, find_arch, unwrap
+from helpers.arch import norm_gain as norm_gain
 from helpers.config import ROOT
-
-__all__ = [
-    "Arch",
-    "LoadedModel",
-    "boot_bridge",
-    "find_arch",
-    "load_model",
-    "norm_gain",
-    "pick_device",
-    "unwrap",
-    "wrap_model",
-]
 
 
 @dataclass
@@ -146,7 +138,8 @@ def load_model(
         _require_causal(config, str(path))
         _require_memory(config, dtype, device, str(path))
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **hub)
+        with _no_progress_bar(Path(source).is_dir()):
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **hub)
     except OSError as error:
         raise _explained(str(path), source, error) from error
     if template is not None:
@@ -185,6 +178,19 @@ def boot_bridge(path_or_lm: str | os.PathLike | LoadedModel) -> Any:
     return TransformerBridge.boot_transformers(
         "local", hf_model=model, tokenizer=lm.tokenizer, device=lm.device, dtype=lm.dtype
     ).eval()
+
+
+@contextmanager
+def _no_progress_bar(quiet: bool) -> Iterator[None]:
+    """Keep transformers' progress bar off stderr where nothing is downloaded (executed notebooks show stderr)."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if quiet:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet and shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _locate(path: str | os.PathLike) -> str:

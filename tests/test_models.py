@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TEMPLATE, make_tokenizer, save_tiny
 from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -22,6 +23,8 @@ from transformers import (
 )
 
 import helpers.models as models
+from conftest import TEMPLATE, make_tokenizer, save_tiny
+from helpers.config import ROOT
 from helpers.hooks import SITES, capture
 from helpers.models import boot_bridge, find_arch, load_model, norm_gain, pick_device, wrap_model
 
@@ -149,6 +152,13 @@ def test_loaded_model_is_in_eval_mode_without_gradients_and_says_why_there(tiny_
     assert not lm.model.training and not any(p.requires_grad for p in lm.model.parameters())
     device, dtype, reason = pick_device()
     assert (lm.device, lm.dtype, lm.reason) == (device, dtype, reason) and reason.endswith(".")
+
+
+def test_loading_and_booting_write_nothing_to_stderr(tiny_folders):
+    """In a fresh process, as a notebook would: executed notebooks are committed with their stderr."""
+    code = f"from helpers.models import *; lm = load_model({str(tiny_folders['llama'])!r}); boot_bridge(lm)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
