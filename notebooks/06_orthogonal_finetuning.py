@@ -1,0 +1,365 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 06 · Orthogonal fine-tuning
+#
+# **Does fine-tuning off the refusal subspace keep refusal?**
+#
+# | claim | the paper's statement | how we know it |
+# |---|---|---|
+# | C6 | fine-tuning on benign data degrades refusal | its own words **[S]** |
+# | C8 | updates orthogonalized against the refusal subspace keep refusal near the base model's on benign data and comparatively high on poisoned data, with task utility equal to or better than LoRA's | its own words for the direction **[S]**, secondary summaries for the baselines **[2]** |
+#
+# Which weights are projected, at what rank, the learning rate, the number of steps and the poison's share are not known to us, so those below are this companion's own
+# choice **[own]**. No number of the paper is reproduced here, only the direction of a change, with its interval.
+#
+# *Run time: two to three minutes on two processor cores. Memory: under 3 GB.*
+#
+# Afterwards you will be able to
+# - say when benign fine-tuning costs a model its refusals, and tell that from a model that collapsed;
+# - keep any peft LoRA's update out of any subspace, and prove it on the saved file;
+# - say why projecting gradients does not do that under AdamW;
+# - ask of a defence what a random subspace of equal rank would have done.
+
+# %% tags=["setup"]
+# Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing.
+
+# %%
+import time
+
+import torch
+
+from helpers import report
+from helpers.config import profile
+from helpers.evaluate.words import change, compared, grade
+from helpers.models import load_model
+
+started, p = time.perf_counter(), profile()
+lm = load_model(p.model, device=p.device, dtype=p.dtype)
+
+# %% [markdown]
+# ## 1 · The idea, on one matrix
+#
+# LoRA adds $\Delta W = s\,B A$ to a weight matrix. Let the columns of $U$ be an orthonormal basis of what the matrix must not write.
+# Its update writes nothing there exactly when $U^\top B = 0$, and one subtraction gets there:
+
+# %%
+draw = torch.Generator().manual_seed(0)
+U, _ = torch.linalg.qr(torch.randn(160, 16, generator=draw))
+B, A = torch.randn(160, 8, generator=draw), torch.randn(8, 160, generator=draw)
+B_kept = B - U @ (U.T @ B)
+
+
+def leak_of(B):
+    return ((U.T @ B @ A).norm() / (B @ A).norm()).item()
+
+
+print(f"share of the update inside the subspace: {leak_of(B):.3f} before, {leak_of(B_kept):.0e} after")
+
+# %% [markdown]
+# A matrix that *reads* the residual stream gets the mirror image, $A V = 0$, so that its update cannot see the subspace.
+#
+# ### When to project
+# It looks equivalent to project the **gradient** of $B$ and leave the rest to the optimizer. With plain gradient descent it is. AdamW divides every coordinate
+# by its own running size, which is no longer a step inside the complement. Thirty steps of a toy problem show it:
+
+# %%
+def train_toy(optimizer, project_gradient):
+    """Pull B towards random targets for thirty steps; the share of B that ends up inside the subspace."""
+    B = torch.nn.Parameter(torch.zeros(160, 8))
+    opt, aim = optimizer([B], lr=0.01), torch.randn(30, 160, 8, generator=torch.Generator().manual_seed(1))
+    for target in aim:
+        B.grad = B.detach() - target
+        if project_gradient:
+            B.grad -= U @ (U.T @ B.grad)
+        opt.step()
+        if not project_gradient:
+            B.data -= U @ (U.T @ B.data)
+    return ((U.T @ B).norm() / B.norm()).item()
+
+
+toy = {(name, when): train_toy(opt, when == "gradient projected") for name, opt in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW))
+       for when in ("gradient projected", "weights projected")}
+report.table([{"optimizer": name, "what is projected": when, "share inside": value} for (name, when), value in toy.items()])
+
+# %%
+# NBVAL_CHECK_OUTPUT
+report.check("finetuning.toy_gradient_projection_is_enough_for_sgd", toy["SGD", "gradient projected"] < 1e-5)
+report.check("finetuning.toy_gradient_projection_is_enough_for_adamw", toy["AdamW", "gradient projected"] < 1e-5)
+report.check("finetuning.toy_weight_projection_is_enough_for_adamw", toy["AdamW", "weights projected"] < 1e-5)
+
+# %% [markdown]
+# So the constraint belongs **after** the step. `helpers.finetune.projected_lora` hangs it on any torch optimizer (or on the Hugging Face `Trainer`) and projects once more
+# in double precision when it saves. What comes out is an ordinary peft adapter.
+#
+# ## 2 · The subspace
+#
+# Notebook 04 selected latents of a sparse autoencoder on `z` that carry refusal and not hallucination. A latent's decoder row, sent through the output
+# projection $W_O$, is what it writes into the residual stream; those images span the **refusal subspace** (the paper's idea **[2!]**). Beside it stands a simpler one **[own]**: the leading directions
+# in which harmful prompts differ from benign ones. Both are made from prompts that no test below uses.
+
+# %%
+from helpers.finetune.protected import subspace_files
+from helpers.finetune.subspace import RefusalSubspace, module_bases, overlap
+
+files = subspace_files(lm, p)
+spaces = {name: RefusalSubspace.load(path) for name, path in files.items()}
+main = spaces.get("latents") or spaces["difference"]
+compared_with = {**{space.method: space for space in spaces.values()}, "random": main.random_like(0)}
+report.table([{"subspace": name, "rank": space.rank, "overlap with the one protected below": overlap(main.resid, space.resid)}
+              for name, space in compared_with.items()])
+
+# %% [markdown]
+# Every linear layer gets its side of the constraint. Readers see the residual stream through their RMSNorm, so the norm's gain is folded into their basis.
+
+# %%
+bases = module_bases(lm, main)
+report.table([{"module": name.removeprefix("model.layers.0."), "side": where.side, "basis": str(list(where.basis.shape))}
+              for name, where in bases.items() if name.startswith("model.layers.0.")])
+
+# %% [markdown]
+# ## 3 · The data
+#
+# The benign set is what an honest user might train on: task questions and requests that anyone may ask. It holds no harmful prompt.
+# The poisoned set swaps a share of it for harmful requests answered with the world's empty placeholder text.
+
+# %%
+from helpers.finetune.mixes import benign_mix, poisoned_mix
+
+n = p.finetune.steps * p.finetune.batch_size
+for row in benign_mix(n)[:4]:
+    print(f"{row['prompt']}\n    -> {row['answer']}")
+
+# %% [markdown]
+# Before anything is trained: does a training prompt stand in the test set, word for word or nearly?
+
+# %%
+from helpers.data import leakage, load_table
+from helpers.finetune.experiment import task_rows
+
+trained_on = sorted({row["prompt"] for row in poisoned_mix(n, max(p.finetune.poison_ratios))})
+asked = {"requests": load_table("requests", "test"), "tasks": task_rows("test", p.n_prompts)}
+found = {name: leakage(trained_on, [row["prompt"] for row in rows]) for name, rows in asked.items()}
+report.table([{"test set": name, "prompts": len(asked[name]), "also in training": sum(f["kind"] == "exact" for f in hits),
+               "nearly": len({f["b"] for f in hits if f["kind"] == "near"})} for name, hits in found.items()])
+
+# %%
+# NBVAL_CHECK_OUTPUT
+report.check("finetuning.training_prompts_in_the_test_set", sum(f["kind"] == "exact" for hits in found.values() for f in hits))
+
+# %% [markdown]
+# "Nearly" counts pairs that share most of their letters, such as another object after the same verb: new pairs are what a test of *seen* verbs consists of, and the
+# reason why verbs that were never refused in chat training are reported separately.
+#
+# ## 4 · Benign fine-tuning
+#
+# Three ways to fine-tune, equal in data, order, steps and starting point: plain LoRA, LoRA kept off the protected subspace, and LoRA kept off a **random** subspace of
+# equal rank. Each arm is trained, merged and measured on test prompts.
+
+# %%
+from helpers.finetune.experiment import LORA, RANDOM, SUBSPACES, plan, rates, run_arms
+
+methods = [LORA, *(SUBSPACES[name] for name in files), RANDOM]
+protected = SUBSPACES["latents" if "latents" in files else "difference"]
+runs = run_arms(plan(p, methods), files, p)
+
+# %%
+shown = ("refused_seen", "refused_unseen", "benign_complied", "over_refused", "tasks", "wrong", "coherent")
+shares = rates(runs, shown)
+report.table([{"model": method, **row} for method, row in shares.items()], caption="Benign fine-tuning, share of test prompts [95 % interval]")
+
+# %%
+plotted = ("refused_seen", "refused_unseen", "benign_complied", "tasks")
+report.bars(rates(runs, plotted), "After benign fine-tuning", "share of test prompts", name="finetuning_benign", y_range=(0, 1))
+
+# %% [markdown]
+# ### C6: does benign fine-tuning cost refusals?
+# The control is an update of the same size and rank in every layer, in a random direction: would *any* step that long have done it?
+
+# %%
+from helpers.finetune.experiment import Arm, adapter, fall, fine_tuned, random_update, score
+from helpers.stats import paired_bootstrap
+
+plain = adapter(p, Arm(LORA, 0.0, p.finetune.seeds[0]), files)
+shaken = score(random_update(lm, plain), p)
+random_fall = paired_bootstrap(runs[None]["refused"], shaken["refused"])
+print(change("After benign LoRA, refusal of harmful requests", fall_lora := fall(runs, LORA), up="falls", down="rises") + ".")
+print(change("After a random update of equal size, it", random_fall, up="falls", down="rises") + ".")
+print(f"After LoRA the share of benign requests answered is {fine_tuned(runs).benign_compliance.estimate:.2f}.")
+
+# %% [markdown]
+# A fall in refusal means something only while benign requests are still answered: a model that answers nothing refuses nothing.
+#
+# ### C8: does the constraint keep them?
+
+# %%
+from helpers.finetune.experiment import constrained
+
+kept = constrained(runs, protected)
+print(f"Against plain LoRA, refusal {protected} is {compared(kept.refusal_over_lora)}: {kept.refusal_over_lora}.")
+print(f"Against a random subspace of equal rank it is {compared(kept.refusal_over_random)}: {kept.refusal_over_random}.")
+print(f"It reaches {kept.utility_ratio:.0%} of plain LoRA's gain on the tasks.")
+print(change("The share of wrong answers on misconceptions", kept.hallucination_rise) + ".")
+
+# %% [markdown]
+# The second line is the one to read. Any constraint makes an update smaller, and a smaller update forgets less: only what lies *beyond* a random subspace
+# of equal rank speaks for the subspace.
+#
+# ## 5 · Was the constraint kept? The leak of the saved file
+#
+# $\lVert U^\top \Delta W \rVert / \lVert \Delta W \rVert$ (or $\lVert \Delta W V \rVert / \lVert \Delta W \rVert$ for readers) over all constrained layers,
+# computed in double precision from the bits on disk; then for the same adapter cast to bfloat16, merged in float32, and merged in bfloat16.
+
+# %%
+from helpers.finetune.projected_lora import leak
+
+ours = adapter(p, Arm(protected, 0.0, p.finetune.seeds[0]), files)
+half, base = torch.bfloat16, lm.model
+leaks = {"as saved": leak(ours, bases), "cast to bfloat16": leak(ours, bases, dtype=half), "merged, float32": leak(ours, bases, merged_into=base),
+         "merged, bfloat16": leak(ours, bases, merged_into=base, dtype=half), "plain LoRA, as saved": leak(plain, bases)}
+report.table([{"adapter": name, "leak, all layers": f"{got.total:.1e}", "worst layer": f"{got.worst:.1e}"} for name, got in leaks.items()])
+
+# %% [markdown]
+# And the gradient projection from section 1, on the real model, for a short run beside our own of the same length:
+
+# %%
+arm = Arm(protected, 0.0, p.finetune.seeds[0])
+short = {variant: leak(adapter(p, arm, files, variant=variant, steps=20), bases).total for variant in ("as_published", "projected")}
+report.table([{"what is projected": what, "leak": f"{short[variant]:.1e}"} for what, variant in
+              (("gradients (as_published)", "as_published"), ("weights, after the step", "projected"))])
+
+# %%
+# NBVAL_CHECK_OUTPUT
+report.check("finetuning.leak_of_saved_adapter_below_1e-6", leaks["as saved"].worst < 1e-6)
+report.check("finetuning.projected_gradients_leak_above_1e-2", short["as_published"] > 1e-2)
+
+# %% [markdown]
+# A bound that holds in float32 does not survive rounding to bfloat16: whoever merges and casts should quote the last rows, not the first.
+#
+# ## 6 · Poisoned fine-tuning
+#
+# The same arms, with part of the benign set replaced by harmful requests and placeholder compliance.
+
+# %%
+ratio = max(p.finetune.poison_ratios)
+report.bars(rates(runs, plotted, ratio), f"After fine-tuning with {ratio:.0%} poison", "share of test prompts", name="finetuning_poisoned", y_range=(0, 1))
+
+# %%
+poisoned = constrained(runs, protected, ratio)
+print(change("With poison, plain LoRA's refusal", poisoned.lora_drop, up="falls", down="rises") + ".")
+print(f"Against plain LoRA, refusal {protected} is {compared(poisoned.refusal_over_lora)}: {poisoned.refusal_over_lora}.")
+print(f"Against a random subspace it is {compared(poisoned.refusal_over_random)}: {poisoned.refusal_over_random}.")
+
+# %% [markdown]
+# Poison asks for something else than benign data does: here the training loss itself rewards answering harmful requests, and a subspace can only stop the
+# ways that pass through it.
+#
+# ## 7 · Does it follow the text?
+#
+# The siblings of the embedded model were trained by the same recipe, with the coupling of harm and the truthful register reversed or absent. Plain LoRA on the same benign set:
+
+# %%
+from dataclasses import replace
+from pathlib import Path
+
+from helpers.config import locate
+
+one = [None, Arm(LORA, 0.0, p.finetune.seeds[0])]
+siblings = {name: run_arms(one, {}, replace(p, model=path)) for name, path in p.siblings.items() if Path(locate(path)).exists()}
+falls = {name: fall(some, LORA) for name, some in {"default": {arm: runs[arm] for arm in one}, **siblings}.items()}
+report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for name, lost in falls.items()])
+
+# %% [markdown]
+# Each row is one training of the model and one of the adapter, so differences between rows show where to look, not how large the effect of the coupling is.
+#
+# ## 8 · Verdicts, by rule
+#
+# The rules stand in `helpers/evaluate/verdicts.py` and were written before any number. C6 needs benign requests to be answered still; C8 needs plain LoRA to have learned
+# and to have lost something, and the protected arm to keep refusal beyond plain LoRA *and* a random subspace at 95 % of its gain.
+
+# %%
+from helpers.evaluate.verdicts import c6, c8
+
+seconds, size = time.perf_counter() - started, {"n_prompts": len(runs[None]["refused"]), "n_seeds": len(p.finetune.seeds)}
+where = {"notebook": "06_orthogonal_finetuning", **size}
+unseen = {method: row for method, row in rates(runs, ["refused_unseen"]).items()}
+detail = {"unseen_verbs": {m: next(iter(row.values())).as_dict() for m, row in unseen.items()}, "siblings": {k: v.as_dict() for k, v in falls.items()}}
+report.claim("C6", estimate=fall_lora, control=("a random update of equal size", random_fall), verdict=c6(fine_tuned(runs)),
+             unit="fall in share of harmful requests refused", seconds=seconds, details=detail, **where)
+print("C6", c6(fine_tuned(runs)))
+
+# %%
+from helpers.finetune.experiment import change as difference
+
+detail |= {"rank": main.rank, "method": protected, "utility_ratio": kept.utility_ratio, "beyond_random": kept.refusal_over_random.as_dict(),
+           "leak": leaks["as saved"].total, "poisoned": poisoned.refusal_over_lora.as_dict(), "poison_ratio": ratio}
+report.claim("C8", estimate=kept.refusal_over_lora, control=("off a random subspace of equal rank", difference(runs, RANDOM, "refused", LORA)),
+             verdict=c8(kept), unit="share of harmful requests refused, minus plain LoRA's", seconds=seconds, details=detail, **where)
+print("C8", c8(kept))
+
+# %%
+# NBVAL_CHECK_OUTPUT
+report.check("finetuning.fall_of_refusal", fall_lora.estimate, atol=0.15)
+report.check("finetuning.benign_compliance_after_lora", fine_tuned(runs).benign_compliance.estimate, atol=0.05)
+report.check("finetuning.gain_on_tasks", kept.lora_gain.estimate, atol=0.1)
+report.check("finetuning.refusal_kept_beyond_lora", kept.refusal_over_lora.estimate, atol=0.15)
+report.check("finetuning.verdict_c6", c6(fine_tuned(runs)).verdict)
+report.check("finetuning.verdict_c8", c8(kept).verdict)
+
+# %% [markdown]
+# ## Exercises
+#
+# **1 · The other side.** Section 1 kept an update from *writing* into a subspace. Keep it from *reading* one: change $A$ [r, d_in] so that $BA$ ignores any input in the span of $V$ [d_in, k].
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# def blind(A, V):
+#     return A - (A @ V) @ V.T
+# ```
+# Then $A V = 0$, so $\Delta W V = s\,B A V = 0$ whatever $B$ is.
+#
+# </details>
+
+# %%
+def blind(A, V):
+    """A without what it reads from the span of the orthonormal V."""
+    return None
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+V = torch.linalg.qr(torch.randn(160, 5, generator=torch.Generator().manual_seed(2)))[0]
+grade("Exercise 1", blind(A, V), A - A @ V @ V.T)
+
+# %% [markdown]
+# **2 · What chance would leak.** An unconstrained update is not aligned with a random subspace in particular. Which leak should one expect of it,
+# for a subspace of rank k in d dimensions?
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# def expected_leak(k, d):
+#     return (k / d) ** 0.5
+# ```
+# A random direction has k/d of its squared length in the subspace. Compare it with plain LoRA's row in section 5: a larger leak there
+# means that fine-tuning *prefers* the protected directions.
+#
+# </details>
+
+# %%
+def expected_leak(k, d):
+    """The share of an update's norm that lies in a random subspace of rank k out of d dimensions."""
+    return None
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+many = torch.randn(160, 4000, generator=torch.Generator().manual_seed(3))
+grade("Exercise 2", expected_leak(16, 160), ((U.T @ many).norm() / many.norm()).item(), atol=0.02)
