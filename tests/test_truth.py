@@ -63,10 +63,11 @@ def test_the_edit_starts_at_the_answer_and_has_the_stated_size(tiny_models, iti)
     layer = min(layer for layer, _ in iti.heads)
     ids = torch.tensor([prompt + answer])
     with capture(tiny_models.model, {"z": [layer]}) as clean:
-        arch.decoder(input_ids=ids[:, :-1], use_cache=False)
+        arch.decoder(input_ids=ids, use_cache=False)
     with iti.apply(tiny_models, 2.0), capture(tiny_models.model, {"z": [layer]}) as steered:
         completion_logprobs(tiny_models, USERS[1:], ANSWERS[1:])
-    change = (steered[("z", layer)] - clean[("z", layer)])[0]
+    fed = steered[("z", layer)].shape[1]  # scoring need not feed the answer's last token
+    change = (steered[("z", layer)] - clean[("z", layer)][:, :fed])[0]
     start = len(prompt) - 1
     assert change[:start].abs().max() < 1e-6
     for head in range(arch.n_heads):

@@ -78,27 +78,29 @@ class Iti:
         return replace(self, directions=drawn / drawn.norm(dim=-1, keepdim=True))
 
 
-def statements(rows: Sequence[dict]) -> tuple[list[str], list[str], Tensor, list[str]]:
-    """Facts as (question, sentence, is it right, question id): the right sentence and every wrong one of each row."""
+def statements(rows: Sequence[dict], n_wrong: int | None = None) -> tuple[list[str], list[str], Tensor, list[str]]:
+    """Facts as (question, sentence, is it right, question id): right sentences and the first `n_wrong` wrong ones."""
     users, answers, labels, groups = [], [], [], []
     for row in rows:
         right = [row["right"]] if isinstance(row["right"], str) else list(row["right"])
-        sentences = right + list(row["wrong"])
+        wrong = list(row["wrong"])[:n_wrong]
+        sentences = right + wrong
         users += [row["question"]] * len(sentences)
         answers += sentences
-        labels += [1] * len(right) + [0] * len(row["wrong"])
+        labels += [1] * len(right) + [0] * len(wrong)
         groups += [str(row["id"])] * len(sentences)
     return users, answers, torch.tensor(labels), groups
 
 
 def fit(lm: LoadedModel, rows: Sequence[dict], *, n_heads: int, direction: str = "mass_mean", seed: int = 0,
-        variant: str = "corrected", other_rows: Sequence[dict] = (), l2: float = 1.0,
+        variant: str = "corrected", other_rows: Sequence[dict] = (), n_wrong: int | None = None, l2: float = 1.0,
         batch_size: int = 64) -> Iti:
     """Fit on facts rows (question, right, wrong): z at the last token of question and answer, one probe per query head.
 
     The `n_heads` heads with the best held-out balanced accuracy (2 folds by question) are steered along
     `direction`: "mass_mean" (normalised mean right − mean wrong) or "probe" (the probe's weights). `other_rows` are the
-    questions to be evaluated; only variant="as_published" looks at them, in sigma. Both classes weigh the same.
+    questions to be evaluated; only variant="as_published" looks at them, in sigma. Both classes weigh the same. Of the
+    wrong sentences the first `n_wrong` are used (None: all, as published; 1: the myth alone).
     ValueError for too few rows or heads, an unknown direction or variant.
     """
     arch = lm.arch
@@ -110,7 +112,7 @@ def fit(lm: LoadedModel, rows: Sequence[dict], *, n_heads: int, direction: str =
         raise ValueError(f"Unknown variant {variant!r}: use 'corrected' or 'as_published'.")
     if len(rows) < 2:
         raise ValueError(f"ITI needs at least two questions to fit on, and got {len(rows)}.")
-    x, y, groups = _features(lm, rows, batch_size)
+    x, y, groups = _features(lm, rows, n_wrong, batch_size)
     _, accuracy = cross_validated(x, y, groups, seed=seed, l2=l2)
     chosen = accuracy.argsort(descending=True, stable=True)[:n_heads]
     if direction == "mass_mean":
@@ -120,14 +122,15 @@ def fit(lm: LoadedModel, rows: Sequence[dict], *, n_heads: int, direction: str =
     theta = theta / theta.norm(dim=-1, keepdim=True)
     spread = x[chosen]
     if variant == "as_published" and other_rows:
-        spread = torch.cat([spread, _features(lm, other_rows, batch_size)[0][chosen]], 1)
+        spread = torch.cat([spread, _features(lm, other_rows, n_wrong, batch_size)[0][chosen]], 1)
     sigma = torch.einsum("hnd,hd->hn", spread, theta).std(-1)
     heads = tuple((int(index) // arch.n_heads, int(index) % arch.n_heads) for index in chosen)
     return Iti(heads, theta.float(), sigma.float(), accuracy.view(arch.n_layers, arch.n_heads).float(), variant)
 
 
-def _features(lm: LoadedModel, rows: Sequence[dict], batch_size: int) -> tuple[Tensor, Tensor, list[str]]:
-    users, answers, labels, groups = statements(rows)
+def _features(lm: LoadedModel, rows: Sequence[dict], n_wrong: int | None,
+              batch_size: int) -> tuple[Tensor, Tensor, list[str]]:
+    users, answers, labels, groups = statements(rows, n_wrong)
     z = collect(lm, users, answers, sites={"z": range(lm.arch.n_layers)}, positions="last", batch_size=batch_size)
     return heads_first(z, lm.arch).double().cpu(), labels, groups
 
