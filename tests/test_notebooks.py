@@ -154,6 +154,10 @@ def test_a_clean_notebook_has_no_faults():
         ("memory address", lambda nb, c: c.outputs[0].update(text="<object at 0x7f0011223344>")),
         ("ended in KeyError", lambda nb, c: c.outputs.append(nbformat.v4.new_output("error", ename="KeyError"))),
         (
+            "shows a figure",
+            lambda nb, c: c.outputs.append(nbformat.v4.new_output("display_data", data={"image/svg+xml": "<svg/>"})),
+        ),
+        (
             "live widget",
             lambda nb, c: c.outputs.append(
                 nbformat.v4.new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}})
