@@ -24,8 +24,7 @@ from helpers.sites import Site, check_site, site_width
 
 
 class Activations(dict[Site, Tensor]):
-    """{(site, layer): [n, d]} in float32 on CPU; `index` [n, 2] says which row and token position each of the n comes
-    from.
+    """{(site, layer): [n, d]} in float32 on CPU; `index` [n, 2] holds the row and token position of each of the n.
 
     Positions count from 0 at the first token of the row's own prompt (padding does not count).
     """

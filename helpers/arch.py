@@ -5,8 +5,8 @@ Residual arithmetic this module vouches for, layer by layer:
     resid_mid  = resid_pre + attn_out          attn_out = o_proj(z)           (Llama, Qwen2, Gemma)
     resid_post = resid_mid + mlp_out           attn_out = norm(o_proj(z))     (Gemma2, Gemma3: "sandwich" norms)
 
-so `attn_out` and `mlp_out` always mean *what is added to the residual stream*, after the post-norms where a model has
-them.
+so `attn_out` and `mlp_out` always mean *what is added to the residual stream*, after the post-norms of a model that
+has them (there W_O z alone is not what the stream receives).
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ _FOREIGN = ("residual_multiplier", "logits_scaling", "logit_scale", "use_paralle
 
 @dataclass(frozen=True)
 class Arch:
-    """Sizes and parts of one decoder (`layer` counts from 0; heads are *query* heads, of which GQA has more than
-    key-value heads).
+    """Sizes and parts of one decoder; layers count from 0, and heads are query heads (n_kv_heads <= n_heads).
 
-    Shapes: z is [batch, seq, n_heads * d_head] (not always d_model: see Gemma), neurons [batch, seq, d_mlp], the rest
-    [batch, seq, d_model].
-    Story: notebook 00.
+    z is [batch, seq, n_heads * d_head], which is not always d_model (Gemma); neurons are [batch, seq, d_mlp]; the
+    other sites are [batch, seq, d_model]. Story: notebook 00.
     """
 
     model: nn.Module

@@ -34,8 +34,8 @@ def capture(model: Any, sites: Mapping[str, Iterable[int]], *, stop: bool = Fals
     """Collect {(site, layer): [batch, seq, d]} of the forward passes inside the block (the last pass wins).
 
     `stop=True` ends the block (silently) right after the last wanted site of a forward: nothing after that call in the
-    block runs.
-    Tensors keep their graph; use torch.no_grad() when that is not wanted. ValueError for an unknown site or layer.
+    block runs. Tensors keep their graph; use torch.no_grad() when that is not wanted. ValueError for an unknown site
+    or layer.
     """
     arch = find_arch(model)
     wanted = [(site, layer) for site, layers in sites.items() for layer in layers]
@@ -80,10 +80,9 @@ def edit(model: Any, edits: Mapping[Site, Edit]) -> Iterator[None]:
 
 @contextmanager
 def answer_starts(starts: Tensor) -> Iterator[None]:
-    """Announce, for the forwards inside, each row's first position that predicts an answer token (its last prompt
-    token).
+    """Announce each row's first position that predicts an answer token (its last prompt token) to the forwards inside.
 
-    generate, completion_logprobs and collect do this; it is what `positions="answer"` refers to.
+    generate, completion_logprobs, next_token_logits and collect do this; `positions="answer"` refers to it.
     """
     token = _ANSWER.set(starts)
     try:
@@ -93,9 +92,7 @@ def answer_starts(starts: Tensor) -> Iterator[None]:
 
 
 def head_slice(arch: Arch, head: int) -> slice:
-    """Where query head `head` lies in the last axis of z (and in the columns of W_O); ValueError when there is no such
-    head.
-    """
+    """Where query head `head` lies in the last axis of z and in the columns of W_O; ValueError if it does not exist."""
     if not 0 <= head < arch.n_heads:
         raise ValueError(f"Head {head} does not exist: this model has query heads 0 to {arch.n_heads - 1}.")
     return slice(head * arch.d_head, (head + 1) * arch.d_head)
@@ -109,12 +106,11 @@ def ablate_heads(
     means: Mapping[int, Float[Tensor, "d_z"]] | None = None,
     positions: Positions = None,
 ) -> Iterator[None]:
-    """Replace the z of every (layer, query head) by zero, or by its mean over some reference prompts (`means[layer]`:
-    [n_heads * d_head]).
+    """Replace the z of every (layer, query head) by zero, or by its mean over reference prompts.
 
-    Zero-ablation over the whole sequence is the published form (Yang et al., ICLR 2025) and is off-distribution:
-    `mode="mean"` and
-    `positions="answer"` are the gentler variants. `positions` as in `add_to`. Story: notebook 02.
+    `means` is {layer: [n_heads * d_head]}. Zero-ablation over the whole sequence is the published form (Yang et al.,
+    ICLR 2025) and is off-distribution: `mode="mean"` and `positions="answer"` are the gentler variants. `positions` as
+    in `add_to`. ValueError for an unknown head or mode, or missing means. Story: notebook 02.
     """
     arch = find_arch(model)
     if mode not in ("zero", "mean"):
@@ -160,10 +156,9 @@ def add_to(model: Any, vectors: Mapping[Site, Tensor], from_position: Positions 
     """Add a vector ([d], or [batch, d] for one per row) at each site.
 
     `from_position`: None edits every position; an int, or a tensor with one int per row, edits from that position of
-    the (padded) sequence
-    on; "answer" edits from the last prompt token on, wherever generate, completion_logprobs or collect put it; a bool
-    tensor [batch, seq]
-    picks positions. A forward of a single token is a generated token and is always edited. Story: notebook 01.
+    the padded sequence on; "answer" edits from the last prompt token on, wherever generate, completion_logprobs,
+    next_token_logits or collect put it; a bool tensor [batch, seq] picks positions. A forward of a single token is a
+    generated token and is always edited. ValueError for a vector of the wrong width. Story: notebook 01.
     """
     arch = find_arch(model)
 

@@ -45,8 +45,9 @@ class LoadedModel:
         return find_arch(self.model)
 
     def prompt_ids(self, user: str, system: str | None = None) -> list[int]:
-        """Token ids of one user turn in the chat template, generation prompt added; ValueError when empty or when
-        `system` is unsupported.
+        """Token ids of one user turn in the chat template, generation prompt added.
+
+        ValueError for an empty prompt, or a `system` message that the template does not take.
         """
         if not isinstance(user, str) or not user.strip():
             raise ValueError("A prompt is empty: give every prompt some text.")
@@ -100,11 +101,7 @@ def pick_device() -> tuple[torch.device, torch.dtype, str]:
             return torch.device("cuda"), torch.bfloat16, f"CUDA ({name}) computes in bfloat16 natively."
         return torch.device("cuda"), torch.float16, f"CUDA ({name}) has no native bfloat16, so float16."
     if torch.backends.mps.is_available():
-        return (
-            torch.device("mps"),
-            torch.float32,
-            "Apple GPU (MPS); float32 because half precision differs between macOS versions.",
-        )
+        return torch.device("mps"), torch.float32, "Apple GPU (MPS), where float32 works on every macOS."
     return torch.device("cpu"), torch.float32, f"No GPU found; CPU in float32 with {torch.get_num_threads()} threads."
 
 
@@ -120,9 +117,8 @@ def load_model(
     """Load any Hugging Face causal LM by id or folder, in eval mode with gradients off.
 
     `template` (Jinja) replaces or supplies the chat template. Errors, each one sentence: FileNotFoundError (no such
-    model), RuntimeError (gated
-    without a token, too little memory), ValueError (not a causal LM, no chat template, unknown dtype). Story: notebook
-    00.
+    model), RuntimeError (gated without a token, too little memory), ValueError (not a causal LM, unknown architecture,
+    no chat template, unknown dtype). Story: notebook 00.
     """
     source = _locate(path)
     default_device, default_dtype, reason = pick_device()
@@ -134,7 +130,7 @@ def load_model(
     dtype = _dtype(dtype)
     hub = {"revision": revision, "token": token, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(source, **hub)
+        config = _config(source, str(path), hub)
         _require_causal(config, str(path))
         _require_memory(config, dtype, device, str(path))
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
@@ -153,16 +149,13 @@ def load_model(
 
 
 def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str = "in memory") -> LoadedModel:
-    """A LoadedModel around a model already in memory (a PEFT model, one in training); its mode and gradients are left
-    as they are.
-    """
+    """A LoadedModel around a model in memory (PEFT, or in training), its mode and gradients left as they are."""
     parameter = next(model.parameters())
     return LoadedModel(model, tokenizer, name, parameter.device, parameter.dtype, "Already in memory.")
 
 
 def boot_bridge(path_or_lm: str | os.PathLike | LoadedModel) -> Any:
-    """A TransformerLens TransformerBridge on its own copy of the model (PEFT adapters merged), logits equal to Hugging
-    Face's.
+    """A TransformerLens TransformerBridge on its own copy of the model, PEFT adapters merged; same logits.
 
     Use the canonical hook names (`blocks.L.attn.o.hook_in` is z). Needs memory for a second copy. Story: notebook 00.
     """
@@ -205,6 +198,16 @@ def _locate(path: str | os.PathLike) -> str:
             f"No model folder {text}: give a folder in Hugging Face format or a Hub id like `owner/name`."
         )
     return text
+
+
+def _config(source: str, path: str, hub: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, **hub)
+    except ValueError as error:  # an unknown model_type, or one that would need code from the model's repository
+        raise ValueError(
+            f"{path} has an architecture transformers does not know (code shipped with a model is never run): "
+            "choose a Llama-, Qwen2- or Gemma-style model."
+        ) from error
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

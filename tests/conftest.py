@@ -94,6 +94,12 @@ def save_tiny(folder: Path, family: str, seed: int = 0) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def seeded_torch() -> None:
+    """Every test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory) -> dict[str, Path]:
     """{family: folder in Hugging Face format}."""
