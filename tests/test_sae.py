@@ -230,7 +230,7 @@ def test_splicing_a_perfect_dictionary_changes_nothing_and_the_mean_costs_loss(t
 def test_the_gate_names_what_is_not_good_enough():
     good = quality.Reconstruction(8, 0.1, 0.0, torch.zeros(4), 100)
     labelled = quality.Labelled([], ["refused"] * 10)
-    recovered = quality.Recovered(1.0, 1.1, 2.0, quality.Interval(0.9, 0.8, 1.0, 10))
+    recovered = quality.Recovered(1.0, 1.1, 2.0, quality.Interval(0.9, 0.8, 1.0, 10), np.ones(10))
     found = quality.Quality({0: good}, recovered, quality.Behaviour(labelled, labelled), np.ones(10))
     assert quality.gate(found) is None
     assert "unexplained" in quality.gate(dataclasses.replace(found, layers={0: dataclasses.replace(good, fvu=0.6)}))
@@ -243,7 +243,7 @@ def test_the_gate_names_what_is_not_good_enough():
 def test_what_is_kept_counts_only_rows_that_had_the_label_and_are_of_the_kind():
     clean = quality.Labelled([], ["refused", "refused", "complied", "refused"])
     spliced = quality.Labelled([], ["refused", "complied", "refused", "complied"])
-    recovered = quality.Recovered(1.0, 1.1, 2.0, quality.Interval(0.9, 0.8, 1.0, 10))
+    recovered = quality.Recovered(1.0, 1.1, 2.0, quality.Interval(0.9, 0.8, 1.0, 10), np.ones(10))
     found = quality.Quality({}, recovered, quality.Behaviour(clean, spliced), np.array([1.0, 1.0, 1.0, 0.0]))
     assert (found.kept("refused", True).estimate, found.kept("refused", True).n) == (0.5, 2)
     assert (found.kept("refused", False).estimate, found.kept("refused", False).n) == (0.0, 1)

@@ -15,9 +15,15 @@ from jaxtyping import Bool
 from helpers.activations import collect
 from helpers.config import Profile, profile
 from helpers.data import load_table
-from helpers.finetune.subspace import RefusalSubspace, difference_subspace, pca_subspace
+from helpers.finetune.subspace import (
+    RefusalSubspace,
+    difference_subspace,
+    overlap,
+    pca_subspace,
+    principal_angles,
+)
 from helpers.models import LoadedModel
-from helpers.sae.features import Selection
+from helpers.sae.features import Scores, Selection
 
 
 def latent_subspace(
@@ -26,19 +32,20 @@ def latent_subspace(
     selection: Selection,
     mask: Bool[np.ndarray, " d"] | None = None,
     *,
+    scores: Scores | None = None,
     rank: int | None = None,
     explained: float = 0.95,
 ) -> RefusalSubspace:
-    """Span of the selected latents' decoder rows, each scaled by its mean attribution to refusing, and its image.
+    """Span of the selected latents' decoder rows, each scaled by its mean attribution, and its image.
 
-    `mask` defaults to the refusal-specific latents. `explained` is the share of squared effect kept unless `rank` is
+    `mask` defaults to the refusal-specific latents, `scores` to refusal's. `explained` is the share of squared effect kept unless `rank` is
     given. Raises ValueError when the mask is empty.
     """
     mask = selection.specific if mask is None else mask
     chosen = selection.by_layer(mask)
     decoders = {layer: saes[layer].W_dec[latents].detach().cpu() for layer, latents in chosen.items()}
     weights = {layer: lm.arch.o_proj(layer).weight.detach().cpu() for layer in chosen}
-    effects = selection.per_latent(np.abs(selection.refusal_scores.attribution), mask)
+    effects = selection.per_latent(np.abs((scores or selection.refusal_scores).attribution), mask)
     return RefusalSubspace.from_latents(decoders, weights, effects, rank=rank, explained=explained)
 
 
@@ -70,3 +77,22 @@ def z_contrast(lm: LoadedModel, layers: Sequence[int], p: Profile | None = None)
     groups = [[r["prompt"] for r in rows if (r["kind"] == "harmful") is harmful] for harmful in (True, False)]
     found = [collect(lm, users, sites={"z": layers}, batch_size=p.batch_size) for users in groups]
     return {n: difference_subspace([(found[0][("z", n)], found[1][("z", n)])]) for n in layers}
+
+
+def angle_rows(main: RefusalSubspace, others: Mapping[str, RefusalSubspace]) -> list[dict[str, Any]]:
+    """Principal angles (degrees) in the residual stream between one subspace and others, with what chance would give.
+
+    Overlap is the mean squared cosine; two random subspaces of ranks r and s in d dimensions overlap by max(r, s)/d.
+    """
+    d = main.resid.shape[0]
+    return [
+        {
+            "subspace": name,
+            "rank": other.rank,
+            "smallest angle": principal_angles(main.resid, other.resid)[0].item(),
+            "largest angle": principal_angles(main.resid, other.resid)[-1].item(),
+            "overlap": overlap(main.resid, other.resid),
+            "overlap by chance": max(main.rank, other.rank) / d,
+        }
+        for name, other in others.items()
+    ]

@@ -7,7 +7,7 @@ the decoder rows of other, randomly drawn latents. Notebook 04 tells the story.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from helpers.config import Profile
+from helpers.data import load_table
 from helpers.evaluate.refusal import label_completions
 from helpers.evaluate.truthfulness import multiple_choice
+from helpers.evaluate.verdicts import Disentangled, Verdict, c7
 from helpers.generation import next_token_logits
 from helpers.hooks import edit
 from helpers.models import LoadedModel
@@ -150,3 +153,28 @@ def ablation(
         with ablate(lm, saes, latents, seed=seed):
             controls.append(measure())
     return Ablated(base, out, controls)
+
+
+def measure_on_test(lm: LoadedModel, p: Profile, openings: Openings) -> Callable[[], Outcomes]:
+    """A function that measures Outcomes of the model as it stands on the profile's test prompts."""
+    rows = load_table("requests", "test")
+    harmful = [row for row in rows if row["kind"] == "harmful"][: p.n_prompts]
+    benign = [row for row in rows if row["kind"] == "benign"][: p.n_prompts]
+    facts = load_table("facts", "test")[: p.n_prompts]
+    size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
+    return lambda: outcomes(lm, harmful, benign, facts, openings, **size)
+
+
+def disentangled(n_latents: int, run: Ablated | None, base: Outcomes) -> Disentangled:
+    """What C7's rule takes: fall of refusal, fall beyond the control, change of truth; zeros without a run."""
+    if run is None:
+        none = Interval(0.0, 0.0, 0.0, len(base.refused))
+        return Disentangled(n_latents, none, none, none)
+    return Disentangled(
+        n_latents, run.fall("refused"), run.beyond_control("refused"), run.out.change(run.base, "truthful")
+    )
+
+
+def verdict_c7(found: Disentangled, gate: str | None) -> Verdict:
+    """C7's rule, or "untested" with the gate's reason where the SAEs are not good enough."""
+    return Verdict("untested", gate) if gate else c7(found)

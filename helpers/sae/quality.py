@@ -19,8 +19,8 @@ from torch import Tensor
 
 from helpers.config import Profile, profile
 from helpers.data import load_table
-from helpers.evaluate.refusal import Labelled, label_completions
-from helpers.generation import completion_logprobs
+from helpers.evaluate.refusal import Labelled, label_completions, prompt_of
+from helpers.generation import completion_logprobs, generate
 from helpers.models import LoadedModel
 from helpers.sae.corpus import Tokens, collect_z, world_texts
 from helpers.sae.dictionaries import Components, Dictionary, active, splice, untrained
@@ -56,12 +56,14 @@ def reconstruction(dictionary: Dictionary, z: Float[Tensor, "n d"]) -> Reconstru
 
 @dataclass(frozen=True)
 class Recovered:
-    """Answer loss in nats per token with clean, spliced and mean-ablated z; share of the ablation's damage undone."""
+    """Answer loss in nats per token with clean, spliced and mean-ablated z; share of the ablation's damage undone;
+    the spliced loss of each row."""
 
     clean: float
     spliced: float
     ablated: float
     share: Interval
+    nats: Float[np.ndarray, " n"]
 
 
 def loss_recovered(
@@ -92,7 +94,7 @@ def loss_recovered(
     low, high = np.quantile(shares, [0.025, 0.975])
     share = Interval(float((ablated - spliced).sum() / (ablated - clean).sum()), float(low), float(high), len(rows))
     per_token = [float(n.sum() / length.sum()) for n in nats]
-    return Recovered(*per_token, share)
+    return Recovered(*per_token, share, spliced)
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,8 @@ def behaviour(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What quality is measured on: tokens of one split without position 0, rows of prompts and answers, requests, and
-    what
-    the clean model does with those."""
+    """What quality is measured on: tokens of one split without position 0, prompts with the clean model's own answers,
+    requests, and how the clean model's answers to those are labelled."""
 
     tokens: Tokens
     answers: list[tuple[str, str]]
@@ -143,12 +144,13 @@ class HeldOut:
         rows = load_table("requests", split)
         harmful = [row for row in rows if row["kind"] == "harmful"][: p.n_prompts]
         benign = [row for row in rows if row["kind"] != "harmful"][: p.n_prompts]
-        answers = [(row["prompt"], row["refusal"]) for row in harmful] + [
-            (r["prompt"], r["compliance"]) for r in benign
-        ]
-        answers += [(row["question"], row["right"]) for row in load_table("facts", split)[: p.n_prompts]]
-        asked = harmful + benign
-        clean = label_completions(lm, asked, max_new_tokens=p.max_new_tokens, batch_size=p.batch_size)
+        asked, size = harmful + benign, {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
+        clean = label_completions(lm, asked, **size)
+        questions = [row["question"] for row in load_table("facts", split)[: p.n_prompts]]
+        said = zip(
+            [*map(prompt_of, asked), *questions], [*clean.completions, *generate(lm, questions, **size)], strict=True
+        )
+        answers = [(user, completion.text) for user, completion in said if completion.text]
         return cls(collect_z(lm, texts, layers, batch_size=p.batch_size).without_first(), answers, asked, clean)
 
 
@@ -193,6 +195,22 @@ def measure(lm: LoadedModel, dictionaries: Mapping[int, Dictionary], held: HeldO
     requests = behaviour(lm, held.requests, dictionaries, held.clean, **size)
     harmful = np.array([float(row["kind"] == "harmful") for row in held.requests])
     return Quality(layers, recovered, requests, harmful)
+
+
+def loss_gain(a: Quality, b: Quality) -> Interval:
+    """How much lower the loss of an answer is when spliced with a than with b, in nats, paired over prompts."""
+    return paired_bootstrap(b.recovered.nats, a.recovered.nats)
+
+
+def density_curve(layers: Mapping[int, Reconstruction], n_bins: int = 12) -> tuple[list[float], dict[str, list[float]]]:
+    """Centres of log10 firing rates, and per layer the share of latents in each bin, without those that never fire."""
+    edges = np.linspace(-4, 0, n_bins + 1)
+    shares = {}
+    for layer, found in layers.items():
+        rates = found.density.double().numpy()
+        counts, _ = np.histogram(np.log10(rates[rates > 0]), edges)
+        shares[f"layer {layer}"] = (counts / len(rates)).tolist()
+    return ((edges[1:] + edges[:-1]) / 2).tolist(), shares
 
 
 def controls(saes: Mapping[int, Any], fit: Tokens, seed: int = 0) -> dict[str, dict[int, Dictionary]]:

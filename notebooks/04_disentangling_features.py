@@ -1,0 +1,282 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 · Disentangling features
+#
+# **Can refusal features be told from hallucination features?**
+#
+# | claim | the paper's statement | how we know it |
+# |---|---|---|
+# | C7 | a sparse autoencoder on z separates refusal features from hallucination features; refusal-specific latents are kept, those associated with hallucination are filtered out | one secondary summary only **[2!]** |
+#
+# How features were scored, and every threshold below, is this companion's own choice **[own]**: the paper's are not known to us. No number of the paper is reproduced
+# here, only whether the separation exists, with intervals and controls.
+#
+# *Run time: about a minute on two processor cores. Memory: under 2 GB.*
+#
+# Afterwards you will be able to
+# - ask of a latent both *when it fires* and *what it pushes towards*, and why one without the other misleads;
+# - select latents on one set of prompts, confirm them on a second, report them on a third;
+# - say how many of them shuffled labels would have found;
+# - turn latents into a subspace of z and of the residual stream, and test a set of latents causally against a matched control.
+
+# %% tags=["setup"]
+# Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing.
+
+# %%
+import time
+
+import torch
+
+from helpers import report
+from helpers.config import profile
+from helpers.models import load_model
+from helpers.sae.training import train_saes
+
+started, p = time.perf_counter(), profile()
+lm = load_model(p.model, device=p.device, dtype=p.dtype)
+trained = train_saes(lm, p)
+
+# %% [markdown]
+# The SAEs are those of notebook 03, found in the store if they were trained before.
+#
+# ## 1 · One latent, two questions
+#
+# **When does it fire?** Compare its activation after harmful and after benign prompts. The AUROC is the chance that a random harmful prompt excites it more than a random
+# benign one: .50 says nothing, 1 is perfect. Here for all latents of one layer, at the last token of the prompt, where the answer is about to begin:
+
+# %%
+from helpers.activations import collect
+from helpers.data import load_table
+from helpers.stats import auroc_columns
+
+layer, rows = max(trained.saes), load_table("requests", "fit")
+sae, harmful = trained.saes[layer], torch.tensor([row["kind"] == "harmful" for row in rows])
+z = collect(lm, [row["prompt"] for row in rows], sites={"z": [layer]})[("z", layer)]
+f = sae.encode(z)
+area, _ = auroc_columns(f[harmful], f[~harmful])
+latent = int(area.argmax())
+
+# %% [markdown]
+# **What does it push towards?** A latent that fires on harm may still leave the answer alone. To first order, its effect on the model's inclination to refuse is
+# how much more it fires than on benign prompts, times how much the logit difference between refusing and complying would move if it fired more:
+# $(f - f_\text{benign})\cdot\partial(\text{refuse}-\text{comply})/\partial f$. The derivative is the decoder row's product with the gradient at z:
+
+# %%
+from helpers.hooks import edit
+from helpers.sae.signals import Openings
+
+openings, kept = Openings.of(lm, rows), {}
+ids = torch.tensor([lm.prompt_ids(rows[int(harmful.nonzero()[0])]["prompt"])])
+with edit(lm.model, {("z", layer): lambda x: kept.setdefault("z", x.detach().requires_grad_())}):
+    margin = openings.margin(lm.model(input_ids=ids).logits[:, -1])
+gradient = torch.autograd.grad(margin.sum(), kept["z"])[0][0, -1]
+slope = sae.W_dec @ gradient
+push = (sae.encode(kept["z"][0, -1]) - f[~harmful].mean(0)) * slope
+print(f"latent {layer}.{latent}: AUROC {area[latent]:.2f}, push towards refusing {push[latent].item():+.3f} nats on this prompt")
+
+# %% [markdown]
+# The latent that separates best need not push most. From here on both questions are asked of every latent of every SAE at once (`helpers.sae.features`):
+#
+# - **refusal**: harmful prompts that would be refused against benign ones that would be answered, at the end-of-prompt tokens;
+# - **hallucination**: wrong against right answers to the same questions, from the token where they differ; and the push between the right and the wrong word.
+#
+# ## 2 · The rule, before the result
+#
+# A latent is **refusal-related** if it fires more on harmful prompts *and* pushes towards refusing; **hallucination-related** if it tells wrong from right answers *or* moves
+# the choice between them. Each part needs a least size and survives Benjamini–Hochberg correction over all latents. **Refusal-specific** is the first and not the second:
+
+# %%
+from dataclasses import asdict
+
+from helpers.sae.features import Rule, select_latents
+
+report.table([{"threshold": name, "value": value} for name, value in asdict(Rule()).items()])
+
+# %% [markdown]
+# The filter is stricter than the selection on purpose: a doubtful latent is thrown out. Latents are found on the fit split and kept if the validation split confirms them;
+# test prompts are not read here.
+
+# %%
+selection = select_latents(lm, trained, p)
+report.table([{"kind": kind, "latents": n} for kind, n in selection.counts().items()])
+
+# %%
+from helpers.sae.describe import kind_of, names_of
+
+report.scatter(selection.refusal_scores.auroc, selection.truth_scores.auroc, names_of(selection), "Every latent: does it tell harmful from benign, and wrong from right?",
+               "AUROC harmful against benign", "AUROC wrong against right", name="latent_kinds", groups=kind_of(selection))
+
+# %% [markdown]
+# ### What shuffled labels find
+# With a thousand latents and two questions, some pass by luck. So the same rule is run with labels that mean nothing: harmful and benign permuted over prompts,
+# right and wrong swapped by coin within each fact.
+
+# %%
+from helpers.sae.describe import count_bars
+from helpers.sae.features import evidence, shuffled_counts
+
+null = shuffled_counts(evidence(lm, trained, "fit", p))
+report.bars(count_bars(selection, null), "Latents of each kind, found and under shuffled labels (mean and range)", "latents", name="latent_counts")
+
+# %%
+expected, found_n = null["refusal only"], selection.counts()["refusal only"]
+more = "more than any shuffle found" if found_n > expected.high else "no more than shuffles find"
+print(f"Refusal-specific latents: {found_n}, which is {more} ({expected.low:.0f} to {expected.high:.0f}).")
+
+# %% [markdown]
+# ### The same latents on test prompts
+# Selected latents look better on the prompts that selected them. On **test** prompts, which chose nothing:
+
+# %%
+from helpers.sae.describe import latent_rows
+
+test = evidence(lm, trained, "test", p)
+report.table(latent_rows(selection, test, selection.specific), ["latent", "AUROC harmful / benign", "AUROC wrong / right", "push towards refusing (nats)"])
+
+# %% [markdown]
+# ## 3 · The subspace they span
+#
+# A latent's decoder row $d$ lives in z; what it adds to the residual stream is $W_O d$. The rows of the refusal-specific latents, each scaled by its push, span the
+# **refusal subspace**; its dimension is the smallest that holds 95 % of their squared effect. Beside it: one difference-in-means direction per layer, the leading
+# differences between harmful and benign prompts, the subspace of the *hallucination-only* latents, and a random one of equal rank.
+
+# %%
+from helpers.finetune.refusal import angle_rows, contrast_subspaces, latent_subspace
+
+chosen = selection.specific if selection.specific.any() else selection.refusal
+main = latent_subspace(lm, trained.saes, selection, chosen)
+others = contrast_subspaces(lm, p, rank=max(main.rank, 2)) | {"random": main.random_like(seed=0)}
+if selection.hallucination_only.any():
+    others["hallucination-only latents"] = latent_subspace(
+        lm, trained.saes, selection, selection.hallucination_only, scores=selection.truth_scores)
+report.table(angle_rows(main, others))
+
+# %% [markdown]
+# An overlap near the last column is what chance gives. Two subspaces can both matter to refusal and still overlap little: the model is not linear, and a direction that
+# *reads out* harm need not be one that *causes* refusing. Notebook 06 protects this subspace while fine-tuning.
+#
+# ## 4 · The causal test
+#
+# Separation is not causation, so the sets are taken out of z, each latent's own $f\,d$ wherever it fires, and the model answers **test** prompts.
+# If C7 holds, taking out the refusal-specific set moves refusal and leaves truth alone. The control takes out vectors of the same number, at the same tokens, of the same norm,
+# along the decoder rows of other latents drawn at random.
+
+# %%
+from helpers.sae.causal import ablation, measure_on_test
+
+measure = measure_on_test(lm, p, openings)
+base = measure()
+sets = {"refusal-specific": selection.specific, "hallucination only": selection.hallucination_only}
+runs = {name: ablation(lm, trained.saes, selection.by_layer(mask), base, measure) for name, mask in sets.items() if mask.any()}
+
+# %%
+from helpers.sae.describe import effect_bars, effect_rows
+
+report.table(effect_rows(runs))
+
+# %%
+report.bars(effect_bars(runs, ("refused", "truthful")), "Taking latents out of z: fall in refusal and in right answers", "fall in share of test prompts",
+            name="latent_ablation", reference=(0.0, "no change"))
+
+# %%
+from helpers.evaluate.words import change, compared
+
+words = {"more": "more than", "less": "less than", "same": "about as much as"}
+for name, run in runs.items():
+    print(change(f"Without the {name} latents, refusal", run.fall("refused"), up="falls", down="rises") + ",", end=" ")
+    print(f"{compared(run.beyond_control('refused'), **words)} without as many random ones;")
+    print("  " + change("the share of right answers", run.fall("truthful"), up="falls", down="rises") + ".")
+
+# %% [markdown]
+# The logit rows of the table are the finer instrument: a share of prompts moves only when an answer flips. Benign requests stand in it because a model that answers
+# nothing would also refuse less.
+#
+# ## 5 · Verdict, by rule
+#
+# C7 needs a refusal-specific set whose removal lowers refusal, by more than the control's, while truth stays within a stated margin; and SAEs that passed notebook 03's gate.
+# The rule stands in `helpers/evaluate/verdicts.py` and was written before any number.
+
+# %%
+from helpers.sae.causal import disentangled, verdict_c7
+from helpers.sae.quality import gated
+
+run = runs.get("refusal-specific")
+found = disentangled(int(selection.specific.sum()), run, base)
+verdict = verdict_c7(found, gated(lm, trained, p))
+print(f"C7 {verdict}")
+
+# %%
+control = run.control_fall("refused") if run else found.refusal_drop
+details = {"kinds": selection.counts(), "shuffled": {kind: one.as_dict() for kind, one in null.items()}, "rank": main.rank,
+           "truth_change": found.truth_change.as_dict(), "beyond_control": found.refusal_beyond_control.as_dict()}
+claim = report.claim("C7", estimate=found.refusal_drop, control=("random latents of equal number, tokens and norm", control), verdict=verdict,
+                     unit="fall in share of harmful requests refused when refusal-specific latents are taken out", n_prompts=len(base.refused), n_seeds=1,
+                     notebook="04_disentangling_features", seconds=time.perf_counter() - started, details=details)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+report.check("features.refusal_specific_found", bool(selection.specific.any()))
+report.check("features.more_than_shuffled_labels", found_n > expected.high)
+report.check("features.refusal_drop", found.refusal_drop.estimate, atol=0.1)
+report.check("features.truth_change", found.truth_change.estimate, atol=0.05)
+report.check("features.verdict_c7", verdict.verdict)
+
+# %% [markdown]
+# ## Exercises
+#
+# **1 · From z to the stream.** What does a latent add to the residual stream when it fires with strength 1? Write it from the decoder row `d` [d_z] and
+# the output projection's weight `w_o` [d_model, d_z].
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# def image(d, w_o):
+#     return w_o @ d
+# ```
+# Two latents that are orthogonal in z can have parallel images, and a latent in the null space of $W_O$ has none: that is why the subspace is built from images.
+#
+# </details>
+
+# %%
+def image(d, w_o):
+    """What one unit of the latent writes into the residual stream [d_model]."""
+    return None
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+from helpers.evaluate.words import grade
+
+d, o_proj = sae.W_dec[latent].detach(), lm.arch.o_proj(layer)
+grade("Exercise 1", image(d, o_proj.weight), o_proj(d), atol=1e-4)
+
+# %% [markdown]
+# **2 · Chance overlap.** Two random subspaces of ranks r and s in d dimensions overlap (mean squared cosine) by max(r, s)/d on average. What share of a *single* vector's
+# squared length lies, on average, in a random subspace of rank r?
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# def inside(r, d):
+#     return r / d
+# ```
+# The subspace takes r of d equal shares. A refusal subspace of a few dimensions in a narrow model holds a visible part of *any* vector, so always quote chance beside it.
+#
+# </details>
+
+# %%
+def inside(r, d):
+    """Expected share of a vector's squared length inside a random subspace of rank r in d dimensions."""
+    return None
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+grade("Exercise 2", inside(8, 160), 0.05, atol=1e-9)
