@@ -9,6 +9,8 @@
 # %% [markdown]
 # # 01 · The trade-off
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alignment-tradeoff/companion/blob/main/notebooks/01_the_trade_off.ipynb)
+#
 # **When steering makes a model more truthful, does it refuse less?**
 #
 # | claim | the paper's statement | how we know it |
@@ -30,6 +32,15 @@
 
 # %% tags=["setup"]
 # Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing.
+import os
+import sys
+
+if "google.colab" in sys.modules:
+    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
+    sys.path.insert(0, "/content/companion")
+    from helpers import colab
+
+    colab.install()
 
 # %%
 import time

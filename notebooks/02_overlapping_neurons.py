@@ -9,6 +9,8 @@
 # %% [markdown]
 # # 02 · Overlapping neurons
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alignment-tradeoff/companion/blob/main/notebooks/02_overlapping_neurons.ipynb)
+#
 # **Do the same attention heads carry hallucination and refusal?**
 #
 # | claim | the paper's statement | how we know it |
@@ -30,6 +32,15 @@
 
 # %% tags=["setup"]
 # Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing.
+import os
+import sys
+
+if "google.colab" in sys.modules:
+    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
+    sys.path.insert(0, "/content/companion")
+    from helpers import colab
+
+    colab.install()
 
 # %%
 import time

@@ -9,6 +9,8 @@
 # %% [markdown]
 # # 05 · The feature browser
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alignment-tradeoff/companion/blob/main/notebooks/05_feature_browser.ipynb)
+#
 # **What do single features respond to?**
 #
 # | claim | the paper's statement | how we know it |
@@ -28,6 +30,15 @@
 
 # %% tags=["setup"]
 # Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing.
+import os
+import sys
+
+if "google.colab" in sys.modules:
+    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
+    sys.path.insert(0, "/content/companion")
+    from helpers import colab
+
+    colab.install()
 
 # %%
 import numpy as np

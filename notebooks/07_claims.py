@@ -9,6 +9,8 @@
 # %% [markdown]
 # # 07 · The claims
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alignment-tradeoff/companion/blob/main/notebooks/07_claims.ipynb)
+#
 # **Which claims hold here, and what would change our mind?**
 #
 # Every notebook before this one ended with verdicts and wrote them down with their numbers. This one reads them, adds nothing by hand, and asks how far they reach.
@@ -31,6 +33,15 @@
 
 # %% tags=["setup"]
 # Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing.
+import os
+import sys
+
+if "google.colab" in sys.modules:
+    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
+    sys.path.insert(0, "/content/companion")
+    from helpers import colab
+
+    colab.install()
 
 # %%
 import inspect
