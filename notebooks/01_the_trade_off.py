@@ -124,7 +124,7 @@ with add_to(lm.model, {("z", layer): push}, from_position="answer"):
 print("plain:  ", generate(lm, question, **size)[0].text)
 
 # %% [markdown]
-# One head rarely changes an answer. ITI steers the heads whose z tells right from wrong best. From here on it is imported:
+# Whether or not this one head changed the answer, ITI goes further: it steers the heads whose z tells right from wrong best. From here on it is imported:
 # `helpers.truth.iti` fits one probe per head, scores each on questions it was not fitted on, and keeps the best.
 
 # %%
@@ -168,6 +168,7 @@ on_val = sweep(lm, iti, p.iti.alphas, val, **size)
 chosen = choose_strength(on_val)
 strength = chosen or min(alpha for alpha in p.iti.alphas if alpha > 0)
 print(f"Chosen strength: {chosen}" if chosen else f"No strength stays coherent; {strength} is shown, and C1 is untested.")
+print(f"Coherence on validation prompts, worst set: {on_val[0.0].coherence:.2f} unsteered, {on_val[strength].coherence:.2f} at this strength.")
 
 # %% [markdown]
 # ## 4 · The price, on test prompts
@@ -191,7 +192,7 @@ for measured, words in (("truthful", "Truthfulness"), ("answered", "The share of
 # can show either. The lines above say which one this model shows.
 #
 # ### Seen and unseen harm
-# Half of the harmful verbs were refused in chat training; the others were only ever *described* as harmful. A trade-off that lives in memorised refusals
+# Some of the harmful verbs were refused in chat training; the others were only ever *described* as harmful. A trade-off that lives in memorised refusals
 # would show on the first kind alone.
 
 # %%
