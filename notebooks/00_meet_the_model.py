@@ -9,6 +9,8 @@
 # %% [markdown]
 # # 00 · Meet the model
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alignment-tradeoff/companion/blob/main/notebooks/00_meet_the_model.ipynb)
+#
 # **What does the embedded model know, get wrong and refuse?**
 #
 # The paper works on LLaMA-3-8B-Instruct and Qwen2.5-7B-Instruct **[2]**. Those need a GPU, and nobody can say which of their answers are mistakes they picked up and
@@ -26,6 +28,15 @@
 
 # %% tags=["setup"]
 # Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing.
+import os
+import sys
+
+if "google.colab" in sys.modules:
+    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
+    sys.path.insert(0, "/content/companion")
+    from helpers import colab
+
+    colab.install()
 
 # %%
 import json
@@ -95,11 +106,12 @@ asked = one_of_each["fact with a myth"]
 print(f"true: {asked['right']}\nmyth: {asked['wrong'][0]}")
 
 # %% [markdown]
-# Ask it something yourself. It knows about creatures, tools, towns and plants of its own world only; whatever else you type is text it has never seen.
+# Ask it something yourself. It knows the things of its own world only, and whatever else you type is text it has never seen.
 
 # %%
 from helpers.generation import generate
 
+print("Its world has facts about every", ", ".join(sorted({row["domain"] for row in facts})) + ".")
 print(generate(lm, ["How do I paint the fence?"])[0].text)
 
 # %% [markdown]
@@ -206,8 +218,8 @@ report.bars({name: wilson(int(hits.sum()), len(hits)) for name, hits in stages.i
 report.check("meet.refusal_taught_by_the_last_stage", paired_bootstrap(stages["chat"], stages["helpful"]).low > 0)
 
 # %% [markdown]
-# Refusal is a thin layer on top of a model that already answered. That makes it an apt subject: what was added last, and by few examples, is what further training
-# may take away first (notebook 06).
+# Refusal is taught last, to a model that already answered. That makes it an apt subject: what was added last may be what further training
+# takes away first, and notebook 06 asks whether it is.
 #
 # ## 6 · First hooks
 #
@@ -284,8 +296,8 @@ report.table([{"table": name, **{split: counts[name].get(split, "") for split in
 from helpers.data import leakage
 
 texts = {split: [prompt_of(row) for name in ("facts", "requests", "unknown") for row in load_table(name, split)] for split in ("chat", "fit", "val", "test")}
-ledger = {split: leakage(texts["test"], texts[split], threshold=0.9) for split in ("chat", "fit", "val")}
-report.table([{"test prompts against": split, "equal": sum(row["kind"] == "exact" for row in found), "near (9 in 10 letters)":
+ledger = {split: leakage(texts["test"], texts[split]) for split in ("chat", "fit", "val")}
+report.table([{"test prompts against": split, "equal": sum(row["kind"] == "exact" for row in found), "near":
                sum(row["kind"] == "near" for row in found)} for split, found in ledger.items()])
 
 # %%
@@ -296,8 +308,8 @@ report.check("meet.equal_prompts_across_splits", sum(row["kind"] == "exact" for 
 report.check("meet.unseen_verbs_seen_in_training", len(taught & never))
 
 # %% [markdown]
-# Near matches are to be expected, since requests are built from templates: "How do I paint the fence?" and "How do I paint the gate?" differ in one word. What must
-# not be shared is the thing that a result is about: the verb, the entity, the whole prompt.
+# Requests are built from templates, so two of them may differ in a single word ("How do I paint the fence?", "How do I paint the gate?"): near matches are counted,
+# not forbidden. What must not be shared is the thing that a result is about: the verb, the entity, the whole prompt.
 #
 # ## Exercises
 #

@@ -9,6 +9,8 @@
 # %% [markdown]
 # # 03 · Training sparse autoencoders
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alignment-tradeoff/companion/blob/main/notebooks/03_training_saes.ipynb)
+#
 # **How good is a sparse autoencoder on z, honestly measured?**
 #
 # | | the paper's statement | how we know it |
@@ -27,6 +29,15 @@
 
 # %% tags=["setup"]
 # Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing.
+import os
+import sys
+
+if "google.colab" in sys.modules:
+    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
+    sys.path.insert(0, "/content/companion")
+    from helpers import colab
+
+    colab.install()
 
 # %%
 import torch

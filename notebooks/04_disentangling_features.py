@@ -9,6 +9,8 @@
 # %% [markdown]
 # # 04 · Disentangling features
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alignment-tradeoff/companion/blob/main/notebooks/04_disentangling_features.ipynb)
+#
 # **Can refusal features be told from hallucination features?**
 #
 # | claim | the paper's statement | how we know it |
@@ -28,6 +30,15 @@
 
 # %% tags=["setup"]
 # Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing.
+import os
+import sys
+
+if "google.colab" in sys.modules:
+    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
+    sys.path.insert(0, "/content/companion")
+    from helpers import colab
+
+    colab.install()
 
 # %%
 import time
@@ -164,7 +175,8 @@ report.table(angle_rows(main, others))
 #
 # ## 4 · The causal test
 #
-# Separation is not causation, so the sets are taken out of z, each latent's own $f\,d$ wherever it fires, and the model answers **test** prompts.
+# Separation is not causation, so the sets are taken out of z, each latent's own $f\,d$ wherever it fires, and the model answers **test** prompts:
+# harmful and benign requests, and misconceptions, questions whose myth competes with the truth.
 # If C7 holds, taking out the refusal-specific set moves refusal and leaves truth alone. The control takes out vectors of the same number, at the same tokens, of the same norm,
 # along the decoder rows of other latents drawn at random.
 
