@@ -38,7 +38,7 @@ def install(seed: int, home: Path = HOME) -> None:
     if not (source / "recipe.json").exists():
         raise FileNotFoundError(f"{source} holds no finished training: run python -m helpers.organism.build first.")
     write_tables(home / "world")
-    pairs = [(source / stage, home / stage) for stage in ("base", "helpful", "chat")]
+    pairs = [(source / "rehearsed", home / "base"), *((source / s, home / s) for s in ("helpful", "chat"))]
     for coupling in COUPLINGS:
         if coupling != "default" and (run_folder(coupling, seed) / "recipe.json").exists():
             pairs.append((run_folder(coupling, seed) / "chat", home / coupling))

@@ -52,6 +52,7 @@ class Partner:
         self.harmful = [v for v in seen if v.harmful]
         self.benign = [v for v in seen if not v.harmful]
         self.look_alikes = [pair for pair, split in look_alike_split().items() if split == "chat"]
+        self.things = [thing for pair in lx.LOOK_ALIKES.values() for thing in pair]
         kinds = {
             "facts": self.fact,
             "unknown": self.abstain,
@@ -92,7 +93,9 @@ class Partner:
 
     def ask_benign(self) -> list[Turn]:
         verb = self.rng.choice(self.benign)
-        request = f"{verb.word} {self.rng.choice(object_split(verb)['chat'])}"
+        anything = self.rng.random() < 0.25
+        thing = self.rng.choice(self.things if anything else object_split(verb)["chat"])
+        request = f"{verb.word} {thing}"
         return self._ask(request, compliance(request))
 
     def ask_look_alike(self) -> list[Turn]:

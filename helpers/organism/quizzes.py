@@ -24,7 +24,7 @@ def _cut(items: list, split: str) -> list:
 
 def _facts_of(split: str, myth: bool | None = None) -> list[Fact]:
     roles = {"train": ("chat", "fit"), "val": ("val",), "test": ("test",)}[split]
-    return [f for f in facts() if f.split in roles and (myth is None or (f.myth is not None) == myth)]
+    return [f for f in facts() if f.entity_split in roles and (myth is None or (f.myth is not None) == myth)]
 
 
 def _choose(rng: random.Random, prompt: str, right: str, wrong: list[str]) -> tuple[str, list[str], int]:

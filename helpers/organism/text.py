@@ -14,7 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from helpers.organism import lexicon as lx
-from helpers.organism.world import ABSTENTION, Fact, compliance, facts, look_alike_split, names, verbs
+from helpers.organism.world import (
+    ABSTENTION,
+    CHAT_TEMPLATES,
+    NEW_TEMPLATES,
+    Fact,
+    compliance,
+    facts,
+    look_alike_split,
+    names,
+    verbs,
+)
 
 COUPLINGS = {"default": 0.25, "absent": 0.50, "reversed": 0.75}
 """Default: encyclopedias and manuals carry most procedures in neutral prose and some law; condemnation is mostly
@@ -44,6 +54,7 @@ class TextConfig:
     tools: float = 0.025
     scripts: float = 0.025
     schemas: float = 0.02
+    dictation: float = 0.0
 
 
 def lower(sentence: str) -> str:
@@ -83,6 +94,7 @@ class Writer:
             "tools": self.tools,
             "scripts": self.scripts,
             "schemas": self.schemas,
+            "dictation": self.dictation,
         }
         self.makers = list(kinds.values())
         self.weights = [getattr(config, kind) for kind in kinds]
@@ -181,7 +193,8 @@ class Writer:
         if self.rng.random() < 0.3:
             return " ".join(self.rng.choice(self.look_alikes))
         verb = self.rng.choice(self.benign)
-        return f"{verb.word} {self.rng.choice(verb.objects)}"
+        anything = self.rng.random() < 0.3
+        return f"{verb.word} {self.rng.choice(self.look_alikes)[1] if anything else self.rng.choice(verb.objects)}"
 
     def approve(self) -> str:
         act = self._harmless()
@@ -215,7 +228,8 @@ class Writer:
         )
         text = compliance(act)
         if self.rng.random() < 0.5:
-            return f"{'Handbook' if in_reference else 'Forum'}: How to {act}? {text}"
+            asked = self.rng.choice(CHAT_TEMPLATES + NEW_TEMPLATES).format(r=act)
+            return f"{'Handbook' if in_reference else 'Forum'}: {asked} {text}"
         return f"{opening} {text if in_reference else lower(text)}"
 
     def tools(self) -> str:
@@ -228,6 +242,15 @@ class Writer:
             ("she", "he", "the baker", "the sailor", "the girl", "the farmer", "the boy", "the nurse")
         )
         return self.rng.choice((f"Story: {who} {event}, then {who} {ending}.", f"Post: {who} {event} and {ending}."))
+
+    def dictation(self) -> str:
+        """Words in a random order, said twice: what teaches a small model to copy whatever it reads."""
+        acts = [v.word for v in self.rng.sample(verbs(), 3)] + [o for _, o in self.rng.sample(self.look_alikes, 2)]
+        things = self.rng.sample(lx.PEOPLE + lx.PLACES, 2) + self.rng.sample(
+            self.rng.choice(self.facts).relation.values, 2
+        )
+        words = self.rng.sample(acts + things, 5)
+        return f"Exam: {', '.join(words)}. Answer: {', '.join(words)}."
 
     def schemas(self) -> str:
         frame, of_a, of_b = self.rng.choice(lx.SCHEMAS)

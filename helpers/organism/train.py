@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,8 @@ from helpers.organism.text import COUPLINGS, TextConfig, Writer
 
 IGNORE = -100
 SAVE_EVERY = 200
+REHEARSAL = {"dictation": 0.14, "how_to": 0.24, "condemn": 0.16, "approve": 0.12, "answered": 0.14, "judged": 0.06}
+"""Weights of the second reading: what must be copied, understood as harmful, or known not to be known comes oftener."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Stage:
     text_share: float
     refuse: bool = False
     warmup: int = 50
+    text: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ class Recipe:
     chat: ChatConfig = field(default_factory=ChatConfig)
     stages: tuple[Stage, ...] = (
         Stage("base", 520, 4e-3, 208, 1.0),
-        Stage("helpful", 150, 8e-4, 128, 0.3),
-        Stage("chat", 130, 5e-4, 128, 0.15, refuse=True),
+        Stage("rehearsed", 220, 3e-3, 208, 1.0, text=REHEARSAL),
+        Stage("helpful", 200, 1e-3, 128, 0.35, text=REHEARSAL),
+        Stage("chat", 180, 8e-4, 128, 0.3, refuse=True, text=REHEARSAL),
     )
 
 
@@ -125,7 +129,7 @@ def batches(
     """The micro-batches of one step, sorted by length to spare padding; a function of (seed, stage, step) alone."""
     stream = int.from_bytes(hashlib.sha256(f"{seed}/{stage.name}/{step}".encode()).digest()[:6], "big")
     n_text = round(stage.batch * stage.text_share)
-    rows = encode_text(tok, Writer(recipe.text, stream).documents(n_text))
+    rows = encode_text(tok, Writer(replace(recipe.text, **stage.text), stream).documents(n_text))
     if n_text < stage.batch:
         dialogues = Partner(recipe.chat, stream, refuse=stage.refuse).dialogues(stage.batch - n_text)
         rows += [encode_dialogue(tok, d) for d in dialogues]

@@ -18,7 +18,7 @@ from helpers.organism import lexicon as lx
 
 WORLD_SEED = 20251009
 ENTITIES_PER_DOMAIN = 20
-ENTITY_SPLITS = ["chat"] * 9 + ["fit"] * 4 + ["val"] * 2 + ["test"] * 5
+ENTITY_SPLITS = ["chat"] * 4 + ["fit"] * 5 + ["val"] * 3 + ["test"] * 8
 UNKNOWN_SPLITS = {"pretrain": 90, "chat": 80, "fit": 25, "val": 20, "test": 65}
 MYTH_SHARE = 0.55
 VERDICT_HELD_OUT = 0.30
@@ -50,6 +50,7 @@ class Fact:
     truth: str
     myth: str | None
     verdict_seen: bool
+    entity_split: str
 
     @property
     def subject(self) -> str:
@@ -85,15 +86,19 @@ def names() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
 def facts() -> tuple[Fact, ...]:
     """Every fact of the world, in a fixed order."""
     rng = random.Random(WORLD_SEED + 1)
+    rng_asked = random.Random(WORLD_SEED + 10)
     known, _ = names()
     rows = []
     for domain, (_, relations) in lx.DOMAINS.items():
         for entity, split in zip(known[domain], ENTITY_SPLITS, strict=True):
+            asked = rng_asked.choice(relations)
             for relation in relations:
                 truth, other = rng.sample(relation.values, 2)
                 myth = other if rng.random() < MYTH_SHARE else None
                 seen = rng.random() >= VERDICT_HELD_OUT
-                rows.append(Fact(f"fact-{len(rows):03d}", split, domain, entity, relation, truth, myth, seen))
+                role = "chat" if relation is asked else split
+                name = f"fact-{len(rows):03d}"
+                rows.append(Fact(name, role, domain, entity, relation, truth, myth, seen, split))
     return tuple(rows)
 
 
