@@ -40,16 +40,20 @@ class SaeConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tuning: adapter rank, optimizer, the protected subspace's dimension, poison shares, and seeds."""
+    """Fine-tuning: adapter rank, optimizer, the protected subspaces and their dimension, poison shares, and seeds.
+
+    `poison_seeds` are the seeds of the arms with poison; those without run every seed. Subspaces: notebook 06's names.
+    """
 
     rank: int = 8
     lr: float = 1e-3
-    steps: int = 200
-    batch_size: int = 32
+    steps: int = 150
+    batch_size: int = 16
+    subspaces: tuple[str, ...] = ("latents",)
     subspace_dim: int = 16
-    poison_ratio: float = 0.1
     poison_ratios: tuple[float, ...] = (0.0, 0.1)
     seeds: tuple[int, ...] = (0, 1)
+    poison_seeds: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,10 @@ _LARGE = Profile(
         steps=1000,
         batch_size=16,
         subspace_dim=32,
+        subspaces=("latents", "difference"),
         poison_ratios=(0.0, 0.05, 0.1, 0.2),
         seeds=(0, 1, 2, 3, 4),
+        poison_seeds=(0, 1, 2, 3, 4),
     ),
 )
 
@@ -124,7 +130,13 @@ PROFILES: dict[str, Profile] = {
             seeds=(0, 1, 2, 3, 4),
             n_prompts=None,
             sae=replace(_ORGANISM.sae, n_tokens=2_000_000),
-            finetune=replace(_ORGANISM.finetune, poison_ratios=(0.0, 0.05, 0.1, 0.2), seeds=(0, 1, 2, 3, 4)),
+            finetune=replace(
+                _ORGANISM.finetune,
+                subspaces=("latents", "difference"),
+                poison_ratios=(0.0, 0.05, 0.1, 0.2),
+                seeds=(0, 1, 2, 3, 4),
+                poison_seeds=(0, 1, 2, 3, 4),
+            ),
         ),
         replace(
             _LARGE,

@@ -174,10 +174,10 @@ report.check("finetuning.training_prompts_in_the_test_set", sum(f["kind"] == "ex
 # equal rank. Each arm is trained, merged and measured on test prompts.
 
 # %%
-from helpers.finetune.experiment import LORA, RANDOM, SUBSPACES, plan, rates, run_arms
+from helpers.finetune.experiment import LORA, RANDOM, plan, rates, run_arms, subspace_methods
 
-methods = [LORA, *(SUBSPACES[name] for name in files), RANDOM]
-protected = SUBSPACES["latents" if "latents" in files else "difference"]
+methods = [LORA, *subspace_methods(p, files), RANDOM]
+protected = methods[1]
 runs = run_arms(plan(p, methods), files, p)
 
 # %%

@@ -83,10 +83,13 @@ def test_each_method_is_kept_off_its_own_subspace(files):
 
 
 def test_the_plan_is_every_method_poison_share_and_seed():
-    p = profile("organism-full")
-    arms = ex.plan(p, [ex.LORA, ex.RANDOM])
-    assert arms[0] is None and len(set(arms)) == len(arms)
-    assert len(arms) == 1 + 2 * len(p.finetune.poison_ratios) * len(p.finetune.seeds)
+    for name in ("organism", "organism-full"):
+        p = profile(name)
+        arms = ex.plan(p, [ex.LORA, ex.RANDOM])
+        poisoned = [arm for arm in arms if arm and arm.poison]
+        assert arms[0] is None and len(set(arms)) == len(arms)
+        assert len(arms) - len(poisoned) == 1 + 2 * len(p.finetune.seeds)
+        assert len(poisoned) == 2 * (len(p.finetune.poison_ratios) - 1) * len(p.finetune.poison_seeds)
 
 
 def test_stored_arms_are_read_and_only_missing_ones_run(files, tmp_path, tiny_folders, monkeypatch):

@@ -138,10 +138,16 @@ def run_arm(
     return Scores(cached_json("finetuned", key, make))
 
 
+def subspace_methods(p: Profile, files: Mapping[str, Path]) -> list[str]:
+    """The methods of the subspaces that the profile asks for and that exist; the difference where no latents do."""
+    return [SUBSPACES[name] for name in p.finetune.subspaces if name in files] or [SUBSPACES["difference"]]
+
+
 def plan(p: Profile, methods: Sequence[str]) -> list[Arm | None]:
-    """The untuned model, then every method at every poison share and seed of the profile."""
-    ratios, seeds = p.finetune.poison_ratios, p.finetune.seeds
-    return [None, *(Arm(method, ratio, seed) for ratio in ratios for method in methods for seed in seeds)]
+    """The untuned model, then every method at every seed, without poison and at each of the profile's shares of it."""
+    how = p.finetune
+    seeds = {ratio: how.poison_seeds if ratio else how.seeds for ratio in how.poison_ratios}
+    return [None, *(Arm(method, ratio, seed) for ratio in seeds for method in methods for seed in seeds[ratio])]
 
 
 def run_arms(

@@ -16,17 +16,19 @@ from helpers.store import artifact, fingerprint
 
 
 def subspace_files(lm: LoadedModel, p: Profile | None = None) -> dict[str, Path]:
-    """{"latents": file, "difference": file}: both at one rank, at most the profile's subspace_dim.
+    """{"latents": file, "difference": file}: notebook 04's refusal subspace, and prompt differences at the same rank.
 
-    Where no latent is refusal-specific there is no "latents" entry. Errors as in train_saes() and select_latents().
+    Where no latent responds to refusal there is no "latents" entry, and the difference has the profile's subspace_dim.
+    Errors as in train_saes() and select_latents().
     """
     p = p or profile()
 
     def make(folder: Path) -> None:
         rank, trained = p.finetune.subspace_dim, train_saes(lm, p)
-        chosen = select_latents(lm, trained, p)
-        if found := int(chosen.specific.sum()):
-            latents = latent_subspace(lm, trained.saes, chosen, rank=min(rank, found))
+        found = select_latents(lm, trained, p)
+        chosen = found.specific if found.specific.any() else found.refusal
+        if chosen.any():
+            latents = latent_subspace(lm, trained.saes, found, chosen)
             latents.save(folder / "latents.safetensors")
             rank = latents.rank
         contrast_subspaces(lm, p, rank=rank)["pca"].save(folder / "difference.safetensors")
