@@ -38,8 +38,8 @@ def latent_subspace(
 ) -> RefusalSubspace:
     """Span of the selected latents' decoder rows, each scaled by its mean attribution, and its image.
 
-    `mask` defaults to the refusal-specific latents, `scores` to refusal's. `explained` is the share of squared effect kept unless `rank` is
-    given. Raises ValueError when the mask is empty.
+    `mask` defaults to the refusal-specific latents, `scores` to refusal's. `explained` is the share of squared effect
+    kept unless `rank` is given. Raises ValueError when the mask is empty.
     """
     mask = selection.specific if mask is None else mask
     chosen = selection.by_layer(mask)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helpers.config import Profile
-from helpers.data import load_table
+from helpers.evaluate.behaviour import prompts
 from helpers.evaluate.refusal import label_completions
 from helpers.evaluate.truthfulness import multiple_choice
 from helpers.evaluate.verdicts import Disentangled, Verdict, c7
@@ -156,13 +156,10 @@ def ablation(
 
 
 def measure_on_test(lm: LoadedModel, p: Profile, openings: Openings) -> Callable[[], Outcomes]:
-    """A function that measures Outcomes of the model as it stands on the profile's test prompts."""
-    rows = load_table("requests", "test")
-    harmful = [row for row in rows if row["kind"] == "harmful"][: p.n_prompts]
-    benign = [row for row in rows if row["kind"] == "benign"][: p.n_prompts]
-    facts = load_table("facts", "test")[: p.n_prompts]
+    """A function that measures Outcomes of the model as it stands on test prompts; the facts are misconceptions."""
+    rows = prompts("test", p.n_prompts)
     size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
-    return lambda: outcomes(lm, harmful, benign, facts, openings, **size)
+    return lambda: outcomes(lm, rows.harmful, rows.benign, rows.facts, openings, **size)
 
 
 def disentangled(n_latents: int, run: Ablated | None, base: Outcomes) -> Disentangled:

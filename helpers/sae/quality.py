@@ -19,6 +19,7 @@ from torch import Tensor
 
 from helpers.config import Profile, profile
 from helpers.data import load_table
+from helpers.evaluate.behaviour import prompts
 from helpers.evaluate.refusal import Labelled, label_completions, prompt_of
 from helpers.generation import completion_logprobs, generate
 from helpers.models import LoadedModel
@@ -141,10 +142,9 @@ class HeldOut:
     def of(cls, lm: LoadedModel, p: Profile, layers: Sequence[int], split: str = "test") -> HeldOut:
         """Collect everything once; each kind of row is cut to the profile's `n_prompts`."""
         texts = world_texts(lm, split, n=p.n_prompts)
-        rows = load_table("requests", split)
-        harmful = [row for row in rows if row["kind"] == "harmful"][: p.n_prompts]
-        benign = [row for row in rows if row["kind"] != "harmful"][: p.n_prompts]
-        asked, size = harmful + benign, {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
+        rows = prompts(split, p.n_prompts)
+        asked = rows.harmful + rows.benign + rows.look_alike
+        size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
         clean = label_completions(lm, asked, **size)
         questions = [row["question"] for row in load_table("facts", split)[: p.n_prompts]]
         said = zip(
