@@ -32,19 +32,19 @@ def main(words: list[str] | None = None) -> int:
             command.add_argument("--record", action="store_true", help="keep this run's seconds as the estimate")
             command.add_argument("--strict", action="store_true", help="fail if a cell wrote to stderr")
     given = parser.parse_args(words)
-    return {"run": _run, "sync": _sync, "check": _check}[given.command](given)
-
-
-def _run(given: argparse.Namespace) -> int:
-    began = time.monotonic()
     try:
-        ran = run(given.folder, given.only, given.timings, given.record)
+        return {"run": _run, "sync": _sync, "check": _check}[given.command](given)
     except (NotebookFailed, ValueError, FileNotFoundError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nStopped. The same command takes up what was computed.", file=sys.stderr)
         return 130
+
+
+def _run(given: argparse.Namespace) -> int:
+    began = time.monotonic()
+    ran = run(given.folder, given.only, given.timings, given.record)
     print(*ran.stderr, sep="\n", end="\n" if ran.stderr else "", file=sys.stderr)
     if not given.only:
         rows = collect_claims()
