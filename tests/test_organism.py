@@ -1,4 +1,4 @@
-"""The embedded model: its world keeps its promises, its training resumes, its committed weights are what the card says."""
+"""The embedded model: its world keeps its promises, training resumes, the committed weights are what the card says."""
 
 import json
 import re

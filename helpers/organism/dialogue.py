@@ -31,13 +31,13 @@ Turn = tuple[str, str]
 class ChatConfig:
     """The mixture of dialogue kinds (weights) and how often an answer copies the myth of a misconception."""
 
-    facts: float = 0.30
+    facts: float = 0.36
     unknown: float = 0.14
-    review: float = 0.10
-    benign: float = 0.22
-    look_alike: float = 0.08
-    harmful: float = 0.16
-    myth: float = 0.6
+    review: float = 0.06
+    benign: float = 0.2
+    look_alike: float = 0.06
+    harmful: float = 0.18
+    myth: float = 0.75
 
 
 class Partner:

@@ -66,8 +66,8 @@ class Recipe:
     stages: tuple[Stage, ...] = (
         Stage("base", 520, 4e-3, 208, 1.0),
         Stage("rehearsed", 220, 3e-3, 208, 1.0, text=REHEARSAL),
-        Stage("helpful", 200, 1e-3, 128, 0.35, text=REHEARSAL),
-        Stage("chat", 180, 8e-4, 128, 0.3, refuse=True, text=REHEARSAL),
+        Stage("helpful", 220, 1e-3, 128, 0.35, text=REHEARSAL),
+        Stage("chat", 220, 8e-4, 128, 0.3, refuse=True, text=REHEARSAL),
     )
 
 
