@@ -9,8 +9,8 @@ from helpers.organism.text import COUPLINGS
 
 MODEL_CARD = ROOT / "data" / "organism" / "MODEL_CARD.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")
-FREEZE = "Freeze the recipe of the embedded model"
-"""Subject line of the commit that froze the recipe."""
+FREEZE: str | None = None
+"""Subject line of the commit that froze world, text and recipe; None while the recipe is provisional."""
 
 
 def model_card(card: dict[str, dict], recipe: dict) -> str:
@@ -23,8 +23,19 @@ def model_card(card: dict[str, dict], recipe: dict) -> str:
         by_seed = ", ".join(f"{e:.3f}" for e in entry["estimates_by_seed"])
         missed = "" if entry["met"] else " **missed**"
         rows.append(f"| {entry['words']} | {demanded} | {measured}{missed} | {entry['n']} | {by_seed} |")
+    freeze = (
+        f'The commit "{FREEZE}" froze the world, the text and the recipe.'
+        if FREEZE
+        else "**The recipe is provisional**: it is not frozen while a demand above is missed, and what the notebooks find on "
+        "these weights is a rehearsal of the method, not yet a result."
+    )
     steps = {stage["name"]: stage["steps"] for stage in recipe["recipe"]["stages"]}
-    fields = recipe["recipe"] | steps | COUPLINGS | {"rows": "\n".join(rows), "freeze": FREEZE}
+    siblings = "".join(
+        f"| `{name}` | chat model of a sibling: the same recipe and seed, coupling dial {dial} |\n"
+        for name, dial in COUPLINGS.items()
+        if (MODEL_CARD.parent / name).exists()
+    )
+    fields = recipe["recipe"] | steps | COUPLINGS | {"rows": "\n".join(rows), "freeze": freeze, "siblings": siblings}
     return TEMPLATE.read_text(encoding="utf-8").format(minutes=sum(recipe["seconds"].values()) / 60, **fields)
 
 
