@@ -105,7 +105,7 @@ contrasts = {"refusal": ("refused", "complied"), "hallucination": ("wrong", "rig
 # ## 3 · The browser
 #
 # One line. On the left every latent of every layer (`layer.number`), with its AUROC for both questions: .50 is no separation. On the right the page of one latent.
-# *refusal only*, *hallucination only* and *both* are the verdicts of notebook 04's rule, found on other prompts than these.
+# *refusal only*, *hallucination only* and *both* are the verdicts of notebook 04's rule; *dead* means silent on all of these prompts.
 #
 # Orange is positive, blue negative, nothing is zero; `·` is a space and `↵` a line break. Point at a token to see its value. With the keyboard: `/` searches, ↑ ↓ choose,
 # Enter opens, ← → walk along an example.

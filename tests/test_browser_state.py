@@ -157,7 +157,7 @@ def test_a_shortened_state_fits_and_keeps_the_most_telling_latents(limit):
 
 
 def test_a_limit_below_the_smallest_state_is_one_sentence():
-    with pytest.raises(ValueError, match="cannot be made smaller"):
+    with pytest.raises(ValueError, match="does not fit into 100 bytes"):
         planted_state().shortened(100)
 
 

@@ -1,7 +1,7 @@
 // The feature browser: one view for the live widget and for the offline file. Nothing here asks the network.
 
 import { h, number, percent, rate, running, tint, visible } from "./text.js";
-import { haystacks, kindOf, kinds, peakTokens } from "./latents.js";
+import { haystack, kindOf, kinds, peakTokens, remembered } from "./latents.js";
 import { followTheme } from "./theme.js";
 import { pages } from "./page.js";
 
@@ -13,8 +13,8 @@ export function mount(el, state, { selected = null, onSelect = () => {}, fill = 
   const latents = state.latents;
   const count = state.pages.length;
   const all = kinds(state);
-  const search = haystacks(state);
-  const names = state.pages.map((page) => peakTokens(state, page, 3));
+  const search = remembered((i) => haystack(state, state.pages[i]));
+  const names = remembered((i) => peakTokens(state, state.pages[i], 3));
   const view = { text: "", kind: "all", sort: state.contrasts.length ? "auroc0" : null, descending: true, rows: [],
     current: -1 };
 
@@ -51,7 +51,7 @@ export function mount(el, state, { selected = null, onSelect = () => {}, fill = 
   const columns = [
     { key: "id", label: "#", title: "number of the latent", value: (i) => latents.id[i], first: "ascending" },
     { key: "name", label: "fires on", title: "tokens at the peaks of its top examples",
-      value: (i) => (names[i][0] || "\uffff").trim().toLowerCase(), first: "ascending" },
+      value: (i) => (names(i)[0] || "\uffff").trim().toLowerCase(), first: "ascending" },
     ...state.contrasts.map((contrast, c) => ({ key: `auroc${c}`, label: contrast.name,
       title: `AUROC, ${contrast.positive} above ${contrast.negative}`, value: (i) => latents.auroc[c][i] })),
     { key: "density", label: "density", title: "share of tokens on which it is active",
@@ -90,7 +90,7 @@ export function mount(el, state, { selected = null, onSelect = () => {}, fill = 
     const byNumber = /^#?\d+$/.test(needle) ? Number(needle.replace("#", "")) : null;
     const fits = (i) => wanted.test(latents.kind[i]) &&
       (!needle || latents.id[i] === byNumber || latents.name[i] === needle.replace("#", "") ||
-        (!needle.startsWith("#") && search[i].includes(needle)));
+        (!needle.startsWith("#") && search(i).includes(needle)));
     view.rows = [...Array(count).keys()].filter(fits);
     const column = columns.find((entry) => entry.key === view.sort);
     if (column) {
@@ -133,8 +133,8 @@ export function mount(el, state, { selected = null, onSelect = () => {}, fill = 
         cell.append(h("span", { class: `fb-dot fb-kind-${kindKey(latent)}` }),
           h("bdi", {}, ...running(latents.name[latent])));
       } else if (column.key === "name") {
-        if (names[latent].length === 0) cell.append(h("span", { class: "fb-faint" }, "never active"));
-        names[latent].forEach((text) => cell.append(h("bdi", { class: "fb-chip" }, ...visible(text))));
+        if (names(latent).length === 0) cell.append(h("span", { class: "fb-faint" }, "never active"));
+        names(latent).forEach((text) => cell.append(h("bdi", { class: "fb-chip" }, ...visible(text))));
       } else if (column.key.startsWith("auroc")) {
         const value = column.value(latent);
         const bar = h("span", { class: "fb-bar" });

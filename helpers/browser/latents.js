@@ -33,11 +33,18 @@ export function peakTokens(state, page, limit) {
 }
 
 /** What text search looks through: the texts around the peaks and the promoted tokens, in lower case. */
-export function haystacks(state) {
-  return state.pages.map((page) => {
-    const texts = page.examples.map(([doc, start, stop]) =>
-      state.docs[doc].tokens.slice(start, stop).map((token) => state.vocab[token]).join(""));
-    const moved = [...page.promoted, ...page.suppressed].map(([token]) => state.vocab[token]);
-    return [...texts, moved.join(" ")].join("\n").toLowerCase();
-  });
+export function haystack(state, page) {
+  const texts = page.examples.map(([doc, start, stop]) =>
+    state.docs[doc].tokens.slice(start, stop).map((token) => state.vocab[token]).join(""));
+  const moved = [...page.promoted, ...page.suppressed].map(([token]) => state.vocab[token]);
+  return [...texts, moved.join(" ")].join("\n").toLowerCase();
+}
+
+/** A function of a latent that computes each value once, when it is first asked for. */
+export function remembered(compute) {
+  const known = new Map();
+  return (i) => {
+    if (!known.has(i)) known.set(i, compute(i));
+    return known.get(i);
+  };
 }

@@ -3,6 +3,8 @@
 import { h, number, percent, rate, running, tint, visible } from "./text.js";
 import { kindOf } from "./latents.js";
 
+const SPECIAL = /^<[|/]?\w[\w|]*>$/; // tokens of the chat template
+
 /** Pages drawn into `page`, inside the browser's `root`; returns { draw, hideTip }. */
 export function pages(state, root, page) {
   const latents = state.latents;
@@ -111,7 +113,8 @@ export function pages(state, root, page) {
     for (let position = start; position < stop; position++) {
       const value = values.get(position) || 0;
       const text = state.vocab[tokens[position]];
-      const span = h("bdi", { class: `fb-token${position === peak ? " fb-peak" : ""}`, "data-value": number(value),
+      const special = !value && SPECIAL.test(text) ? " fb-special" : "";
+      const span = h("bdi", { class: `fb-token${position === peak ? " fb-peak" : ""}${special}`, "data-value": number(value),
         "data-token": text, "data-position": position }, ...visible(text));
       span.style.background = tint(value, maximum);
       spans.push(span);

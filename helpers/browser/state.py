@@ -54,7 +54,7 @@ class BrowserState:
 
     def to_json(self) -> str:
         """The state as compact JSON text (ASCII, no NaN)."""
-        return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False)
+        return json.dumps(vars(self), separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> BrowserState:
@@ -74,19 +74,23 @@ class BrowserState:
 
     def shortened(self, max_bytes: int) -> BrowserState:
         """The most telling latents with fewer examples, so that the JSON is at most `max_bytes` (notebook 05)."""
-        state, keep, examples = self, len(self.pages), 12
+        if len(self.to_json()) <= max_bytes:
+            return self
         order = self.ranked()
-        while len(state.to_json()) > max_bytes:
-            if keep <= 8 and examples <= 1:
-                raise ValueError(
-                    f"A browser state cannot be made smaller than {len(state.to_json())} bytes; allow more."
-                )
-            if examples > 3 or keep <= 8:
-                examples -= 1 if examples <= 4 else 2
-            else:
-                keep = max(8, int(keep * 0.8))
-            state = _subset(self, sorted(order[:keep]), examples)
-        return state
+        sizes = np.cumsum([len(json.dumps(self.pages[i]["examples"][:1])) for i in order])
+        most = int(np.searchsorted(sizes, max_bytes))  # the pages alone would fill the room
+        for examples in (6, 3, 1):
+            state, low, high = None, 0, most
+            while low < high:  # the largest number of latents that fits
+                keep = (low + high + 1) // 2
+                smaller = _subset(self, sorted(order[:keep]), examples)
+                if len(smaller.to_json()) <= max_bytes:
+                    state, low = smaller, keep
+                else:
+                    high = keep - 1
+            if state is not None and low >= min(8, len(order)):
+                return state
+        raise ValueError(f"A browser state of 8 latents does not fit into {max_bytes} bytes; allow more.")
 
 
 def build_state(

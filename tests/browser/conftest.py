@@ -99,8 +99,9 @@ class Lab:
     base: str
     token: str
 
-    def url(self, notebook: str) -> str:
-        return f"{self.base}/lab/tree/{notebook}?token={self.token}&reset"
+    def url(self, notebook: str, simple: bool = False) -> str:
+        """The address of a notebook, in the whole JupyterLab or (`simple`) with nothing else around it."""
+        return f"{self.base}/{'doc' if simple else 'lab'}/tree/{notebook}?token={self.token}&reset"
 
 
 @pytest.fixture(scope="session")
