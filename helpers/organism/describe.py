@@ -26,8 +26,8 @@ def model_card(card: dict[str, dict], recipe: dict) -> str:
     freeze = (
         f'The commit "{FREEZE}" froze the world, the text and the recipe.'
         if FREEZE
-        else "**The recipe is provisional**: it is not frozen while a demand above is missed, and what the notebooks find on "
-        "these weights is a rehearsal of the method, not yet a result."
+        else "**The recipe is provisional**: it is not frozen while a demand above is missed, and what the "
+        "notebooks find on these weights is a rehearsal of the method, not yet a result."
     )
     steps = {stage["name"]: stage["steps"] for stage in recipe["recipe"]["stages"]}
     siblings = "".join(
