@@ -43,6 +43,13 @@ def test_threshold_topk_equals_the_batch_topk_of_sae_lens_forward_and_backward()
     torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_the_nth_largest_is_the_one_a_sort_gives():
+    x = torch.randn(3, 700, generator=torch.Generator().manual_seed(1))
+    for values in (x, x.relu(), x.round()):
+        for n in (1, 2, 7, 50, 130, 131, 132, 600, 2100):
+            assert training.nth_largest(values, n) == values.flatten().sort(descending=True).values[n - 1]
+
+
 def test_training_finds_planted_directions_and_the_saved_sae_reads_raw_vectors(planted_sae):
     _, curve, folder = planted_sae
     sae = SAE.load_from_disk(folder)

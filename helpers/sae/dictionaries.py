@@ -17,6 +17,7 @@ from torch import Tensor
 
 from helpers.hooks import edit
 from helpers.models import LoadedModel
+from helpers.sae.training import nth_largest
 
 
 @runtime_checkable
@@ -64,7 +65,7 @@ def untrained(sae: Any, z: Float[Tensor, "n d"], seed: int = 0) -> Any:
     Its L0 on z equals the trained one's and its scale is the best single factor: a control with every help but
     learning.
     """
-    sae = deepcopy(sae)
+    sae, z = deepcopy(sae), z[torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:8192]]
     wanted = int(active(sae.encode(z)).float().sum())
     rows = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed))
     rows = (rows / rows.norm(dim=1, keepdim=True)).to(sae.W_dec)
@@ -73,8 +74,8 @@ def untrained(sae: Any, z: Float[Tensor, "n d"], seed: int = 0) -> Any:
     sae.b_dec.copy_(z.mean(0))
     sae.b_enc.zero_()
     sae.threshold.zero_()
-    acts = sae.encode(z).flatten()
-    sae.threshold.fill_(acts.kthvalue(acts.numel() - min(wanted, acts.numel() - 1)).values.item())
+    acts = sae.encode(z)
+    sae.threshold.fill_(nth_largest(acts, min(wanted + 1, acts.numel())).item())
     flat, raw = (z - z.mean(0)).flatten(), (sae.decode(sae.encode(z)) - sae.b_dec).flatten()
     sae.W_dec.mul_((flat @ raw / raw.square().sum().clamp_min(1e-12)).item())
     return sae

@@ -32,7 +32,7 @@ WARM_UP, DECAY, DEAD_AFTER = (
     0.3,
     0.2,
 )  # shares of the run: warm-up, decay to zero, and silence that counts as dead
-CALIBRATION_TOKENS = 32_768
+CALIBRATION_TOKENS = 8_192
 
 
 class ThresholdTopK(nn.Module):
@@ -49,8 +49,17 @@ class ThresholdTopK(nn.Module):
         """The activations, zero outside the top k·n."""
         acts = x.relu()
         keep = min(max(int(self.k * len(x)), 1), acts.numel())
-        threshold = acts.detach().flatten().kthvalue(acts.numel() - keep + 1).values
-        return acts * (acts >= threshold)
+        return acts * (acts >= nth_largest(acts.detach(), keep))
+
+
+def nth_largest(values: Tensor, n: int) -> Tensor:
+    """The n-th largest entry, exactly: n groups reach the n-th largest group maximum, so no smaller entry can be it."""
+    flat = values.flatten()
+    size = len(flat) // (4 * n)
+    if size >= 4:
+        maxima = flat[: len(flat) // size * size].view(-1, size).amax(1)
+        flat = flat[flat >= maxima.topk(n, sorted=False).values.min()]
+    return flat.topk(n, sorted=False).values.min()
 
 
 @dataclass(frozen=True)
@@ -225,9 +234,8 @@ def _calibrate(sae: Any, sample: Tensor, k: float) -> None:
     # does not.
     if not hasattr(sae, "topk_threshold"):
         return
-    acts = sae.encode_with_hidden_pre(sample)[1].relu().flatten()
-    keep = min(int(k * len(sample)), acts.numel() - 1)
-    sae.topk_threshold.fill_(acts.kthvalue(acts.numel() - keep).values.item())
+    acts = sae.encode_with_hidden_pre(sample)[1].relu()
+    sae.topk_threshold.fill_(nth_largest(acts, min(int(k * len(sample)) + 1, acts.numel())).item())
 
 
 def _lr_share(step: int, steps: int) -> float:
