@@ -215,12 +215,12 @@ from helpers.finetune.experiment import constrained
 kept = constrained(runs, protected)
 print(f"Against plain LoRA, refusal {protected} is {compared(kept.refusal_over_lora)}: {kept.refusal_over_lora}.")
 print(f"Against a random subspace of equal rank it is {compared(kept.refusal_over_random)}: {kept.refusal_over_random}.")
-print(f"It reaches {kept.utility_ratio:.0%} of plain LoRA's gain on the tasks.")
+print(change("Accuracy on the tasks under plain LoRA", kept.lora_gain) + f"; {protected} the change is {kept.utility_ratio:.2f} times that.")
 print(change("The share of wrong answers on misconceptions", kept.hallucination_rise) + ".")
 
 # %% [markdown]
-# The second line is the one to read. Any constraint makes an update smaller, and a smaller update forgets less: only what lies *beyond* a random subspace
-# of equal rank speaks for the subspace.
+# The second line is the one to read. Any constraint takes directions away from an update, and that alone may make a model forget less: only what lies *beyond* a random
+# subspace of equal rank speaks for the subspace.
 #
 # ## 5 · Was the constraint kept? The leak of the saved file
 #
