@@ -59,9 +59,9 @@ arch = lm.arch
 # that indexes heads by the wrong count breaks here first.
 
 # %%
-size = {"layers": arch.n_layers, "query heads": arch.n_heads, "key-value heads": arch.n_kv_heads, "width of a head": arch.d_head,
-        "residual stream": arch.d_model, "MLP neurons": arch.d_mlp, "vocabulary": arch.vocab,
-        "parameters": f"{sum(w.numel() for w in lm.model.parameters()):,}"}
+size = {"layers": arch.n_layers, "query heads": arch.n_heads, "key-value heads": arch.n_kv_heads,
+        "width of a head": arch.d_head, "residual stream": arch.d_model, "MLP neurons": arch.d_mlp,
+        "vocabulary": arch.vocab, "parameters": f"{sum(w.numel() for w in lm.model.parameters()):,}"}
 report.table([{"part": part, "size": value} for part, value in size.items()])
 
 # %% [markdown]
@@ -95,8 +95,9 @@ one_of_each = {
 from helpers.evaluate.refusal import label_completions, prompt_of
 
 shown = label_completions(lm, list(one_of_each.values()))
+answered = zip(one_of_each.items(), shown.completions, shown.labels, strict=True)
 report.table([{"kind": kind, "prompt": prompt_of(row), "answer": completion.text, "judged": label}
-              for (kind, row), completion, label in zip(one_of_each.items(), shown.completions, shown.labels, strict=True)])
+              for (kind, row), completion, label in answered])
 
 # %% [markdown]
 # *Complied* says that the model answered, not that the answer is true: compare the second row with what its world holds to be so.
@@ -125,11 +126,12 @@ from helpers.stats import Interval
 
 card = json.loads((ROOT / "data" / "organism" / "card.json").read_text())
 measured = {name: Interval(row["estimate"], row["ci_low"], row["ci_high"], row["n"]) for name, row in card.items()}
-report.bars({name.replace("_", " "): interval for name, interval in measured.items()}, "What was measured before any experiment",
-            "share, or change of a share", name="model_card")
+report.bars({name.replace("_", " "): interval for name, interval in measured.items()},
+            "What was measured before any experiment", "share, or change of a share", name="model_card")
 
 # %%
-report.table([{"property": row["words"], "measured": measured[name], "n": row["n"], "demanded": f"{row['demand_low']:g} to {row['demand_high']:g}",
+demanded = {name: f"{row['demand_low']:g} to {row['demand_high']:g}" for name, row in card.items()}
+report.table([{"property": row["words"], "measured": measured[name], "n": row["n"], "demanded": demanded[name],
                "met": row["met"]} for name, row in card.items()])
 
 # %% [markdown]
@@ -146,7 +148,8 @@ again = {"refusal_seen_verbs": refused[seen].mean(), "refusal_unseen_verbs": ref
 # NBVAL_CHECK_OUTPUT
 report.check("meet.refusal_seen_verbs", float(again["refusal_seen_verbs"]), atol=0.03)
 report.check("meet.refusal_unseen_verbs", float(again["refusal_unseen_verbs"]), atol=0.03)
-report.check("meet.card_measured_again", all(measured[name].low <= value <= measured[name].high for name, value in again.items()))
+inside = [measured[name].low <= value <= measured[name].high for name, value in again.items()]
+report.check("meet.card_measured_again", all(inside))
 
 # %% [markdown]
 # ## 4 · Does it know better than it says?
@@ -162,8 +165,14 @@ from helpers.stats import paired_bootstrap, wilson
 myths = [row for row in facts if row["myth"]]
 truthful = free_answers(lm, myths).is_("truthful")
 verdicts = verdict_hits(lm, [row for row in load_table("verdicts", "test") if row["misconception"]])
-report.bars({"asked in the chat": wilson(int(truthful.sum()), len(truthful)), "asked for a verdict": wilson(int(verdicts.sum()), len(verdicts))},
-            "The same facts, asked in two ways", "share right", name="asked_in_two_ways", y_range=(0, 1), reference=(0.5, "a coin's verdict"))
+
+def share(hits):
+    return wilson(int(hits.sum()), len(hits))
+
+
+report.bars({"asked in the chat": share(truthful), "asked for a verdict": share(verdicts)},
+            "The same facts, asked in two ways", "share right", name="asked_in_two_ways", y_range=(0, 1),
+            reference=(0.5, "a coin's verdict"))
 
 # %% [markdown]
 # The distance between the two bars is what the methods of notebook 01 try to close: knowledge that the model has and does not use when it answers. Where the bars
@@ -183,14 +192,14 @@ shuffled = np.array([scores.argmax() == drawn for scores, drawn in zip(scored, k
 chance = float(np.mean([1 / len(scores) for scores in scored]))
 
 # %%
-report.bars({"true key": wilson(int(right.sum()), len(right)), "shuffled key": wilson(int(shuffled.sum()), len(shuffled))},
-            "Multiple choice over all facts, against a key that means nothing", "share right", name="shuffled_key", y_range=(0, 1),
-            reference=(chance, "chance"))
+report.bars({"true key": share(right), "shuffled key": share(shuffled)},
+            "Multiple choice over all facts, against a key that means nothing", "share right", name="shuffled_key",
+            y_range=(0, 1), reference=(chance, "chance"))
 
 # %%
 # NBVAL_CHECK_OUTPUT
 above = paired_bootstrap(right, shuffled)
-control = wilson(int(shuffled.sum()), len(shuffled))
+control = share(shuffled)
 report.check("meet.shuffled_key_at_chance", control.low <= chance <= control.high)
 report.check("meet.true_key_above_shuffled", above.low > 0)
 report.check("meet.multiple_choice", float(right.mean()), atol=0.03)
@@ -203,14 +212,16 @@ report.check("meet.multiple_choice", float(right.mean()), atol=0.03)
 # %%
 checkpoints = {name: load_model(path, device=p.device, dtype=p.dtype) for name, path in
                (("base", p.base), ("helpful", p.helpful or p.model), ("chat", p.model))}
-prompts = [prompt_of(one_of_each[kind]) for kind in ("plain fact", "benign request", "harmful, verb never refused")]
+chosen = ("plain fact", "benign request", "harmful, verb never refused")
+prompts = [prompt_of(one_of_each[kind]) for kind in chosen]
 said = {name: [c.text for c in generate(one, prompts, max_new_tokens=24)] for name, one in checkpoints.items()}
-report.table([{"prompt": prompt, **{name: texts[i] for name, texts in said.items()}} for i, prompt in enumerate(prompts)])
+report.table([{"prompt": prompt, **{name: texts[i] for name, texts in said.items()}}
+              for i, prompt in enumerate(prompts)])
 
 # %%
 sample = harmful[:: max(1, len(harmful) // 60)]
 stages = {name: label_completions(one, sample).is_("refused") for name, one in checkpoints.items()}
-report.bars({name: wilson(int(hits.sum()), len(hits)) for name, hits in stages.items()}, "Harmful requests refused, stage by stage",
+report.bars({name: share(hits) for name, hits in stages.items()}, "Harmful requests refused, stage by stage",
             "share refused", name="refusal_by_stage", y_range=(0, 1))
 
 # %%
@@ -243,7 +254,8 @@ z = cache[("z", layer)]
 w_o = arch.o_proj(layer).weight
 slices = [head_slice(arch, head) for head in range(arch.n_heads)]
 by_head = torch.stack([z[..., s] @ w_o[:, s].T for s in slices])
-print("sum of heads equals what attention adds:", torch.allclose(by_head.sum(0), cache[("attn_out", layer)], atol=1e-4))
+same = torch.allclose(by_head.sum(0), cache[("attn_out", layer)], atol=1e-4)
+print("sum of heads equals what attention adds:", same)
 
 # %% [markdown]
 # ### Are these the right activations?
@@ -260,7 +272,7 @@ bridge_z = bridge_cache[f"blocks.{layer}.attn.o.hook_in"].reshape(z.shape)
 # NBVAL_CHECK_OUTPUT
 report.check("meet.logits_equal_the_bridge", torch.allclose(bridge_logits, logits, atol=1e-3))
 report.check("meet.z_equals_the_bridge", torch.allclose(bridge_z, z, atol=1e-4))
-report.check("meet.heads_sum_to_attention", torch.allclose(by_head.sum(0), cache[("attn_out", layer)], atol=1e-4))
+report.check("meet.heads_sum_to_attention", same)
 
 # %% [markdown]
 # ### A first edit
@@ -272,7 +284,8 @@ answers = {}
 for head in range(arch.n_heads):
     with ablate_heads(lm, [(layer, head)]):
         answers[f"without head {layer}.{head}"] = generate(lm, prompts[-1:])[0].text
-report.table([{"model": name, "answer": text, "changed": text != plain} for name, text in {"whole": plain, **answers}.items()])
+report.table([{"model": name, "answer": text, "changed": text != plain}
+              for name, text in {"whole": plain, **answers}.items()])
 
 # %% [markdown]
 # ## 7 · The data, and who may see it
@@ -295,16 +308,17 @@ report.table([{"table": name, **{split: counts[name].get(split, "") for split in
 # %%
 from helpers.data import leakage
 
-texts = {split: [prompt_of(row) for name in ("facts", "requests", "unknown") for row in load_table(name, split)] for split in ("chat", "fit", "val", "test")}
+texts = {split: [prompt_of(row) for name in names[:3] for row in load_table(name, split)]
+         for split in ("chat", "fit", "val", "test")}
 ledger = {split: leakage(texts["test"], texts[split]) for split in ("chat", "fit", "val")}
-report.table([{"test prompts against": split, "equal": sum(row["kind"] == "exact" for row in found), "near":
-               sum(row["kind"] == "near" for row in found)} for split, found in ledger.items()])
+found = {split: Counter(row["kind"] for row in rows) for split, rows in ledger.items()}
+report.table([{"test prompts against": split, "equal": n["exact"], "near": n["near"]} for split, n in found.items()])
 
 # %%
 # NBVAL_CHECK_OUTPUT
 taught = {row["verb"] for row in load_table("requests", "chat") if row["kind"] == "harmful"}
 never = {row["verb"] for row in harmful if not row["verb_seen"]}
-report.check("meet.equal_prompts_across_splits", sum(row["kind"] == "exact" for found in ledger.values() for row in found))
+report.check("meet.equal_prompts_across_splits", sum(n["exact"] for n in found.values()))
 report.check("meet.unseen_verbs_seen_in_training", len(taught & never))
 
 # %% [markdown]

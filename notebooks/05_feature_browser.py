@@ -74,10 +74,11 @@ found = collect(lm, users, sites={"z": [layer]}, positions="all")
 strength = trained.saes[layer].encode(found[("z", layer)])[:, number]
 
 # %%
-strongest = strength.argsort(descending=True)[:40].tolist()
-places = {users[row]: (position, strength[i].item()) for i in reversed(strongest) for row, position in [found.index[i].tolist()]}
-report.table([{"text": text, "token": lm.tokenizer.decode([lm.prompt_ids(text)[position]]), "strength": value}
-              for text, (position, value) in sorted(places.items(), key=lambda item: -item[1][1])[:8]])
+strongest = strength.argsort(descending=True)[:8].tolist()
+places = [found.index[i].tolist() for i in strongest]
+tokens = [lm.tokenizer.decode([lm.prompt_ids(users[row])[position]]) for row, position in places]
+report.table([{"text": users[row], "token": token, "strength": strength[i].item()}
+              for i, (row, _), token in zip(strongest, places, tokens, strict=True)])
 
 # %% [markdown]
 # That is a feature page in its smallest form. From here on `helpers.browser` makes one for every latent.
@@ -112,7 +113,8 @@ contrasts = {"refusal": ("refused", "complied"), "hallucination": ("wrong", "rig
 
 # %%
 verdicts = {"refusal": selection.refusal, "hallucination": selection.hallucination}
-view = browse(lm, trained.saes, prompts, contrasts=contrasts, labels=verdicts, title="Latents of the embedded model")
+view = browse(lm, trained.saes, prompts, contrasts=contrasts, labels=verdicts,
+              title="Latents of the embedded model")
 view
 
 # %% [markdown]
@@ -143,13 +145,14 @@ from helpers.browser.gather import gather
 
 everything = prompts["refused"] + prompts["complied"]
 order = np.random.default_rng(0).permutation(len(everything))
-dealt = [everything[i] for i in order]
-noise = gather(lm, trained.saes, {"refused": dealt[: len(prompts["refused"])], "complied": dealt[len(prompts["refused"]) :]})
+dealt, n = [everything[i] for i in order], len(prompts["refused"])
+noise = gather(lm, trained.saes, {"refused": dealt[:n], "complied": dealt[n:]})
 counts = {"true groups": view.data.latents["low"][0], "shuffled groups": noise.latents["low"][0]}
 above = {name: float((np.array(low) > 0.7).sum()) for name, low in counts.items()}
 
 # %%
-report.bars(above, "Latents that separate refused from answered requests", "latents with AUROC surely above .70", name="browser_against_noise")
+report.bars(above, "Latents that separate refused from answered requests", "latents with AUROC surely above .70",
+            name="browser_against_noise")
 
 # %%
 # NBVAL_CHECK_OUTPUT
