@@ -308,7 +308,7 @@ print("C6", c6(fine_tuned(runs)))
 # %%
 from helpers.finetune.experiment import change as difference
 
-detail |= {"rank": main.rank, "method": protected, "utility_ratio": kept.utility_ratio, "beyond_random": kept.refusal_over_random.as_dict(),
+detail = {"unseen_verbs": detail["unseen_verbs"], "rank": main.rank, "method": protected, "utility_ratio": kept.utility_ratio, "beyond_random": kept.refusal_over_random.as_dict(),
            "leak": leaks["as saved"].total, "poisoned": poisoned.refusal_over_lora.as_dict(), "poison_ratio": ratio}
 report.claim("C8", estimate=kept.refusal_over_lora, control=("off a random subspace of equal rank", difference(runs, RANDOM, "refused", LORA)),
              verdict=c8(kept), unit="share of harmful requests refused, minus plain LoRA's", seconds=seconds, details=detail, **where)

@@ -73,8 +73,8 @@ report.table([{"claim": row["id"], "why": row["reason"]} for row in claims], cap
 # Each pair is one claim. Units differ between claims (the table names them); within a claim the control has the estimate's unit. A bar whose interval overlaps its control's says little, however tall it is.
 
 # %%
-report.bars({row["id"]: {"estimate": estimates(row), "control": controls(row)} for row in claims if row["estimate"] is not None},
-            "Each claim's estimate beside its control", "in the claim's own unit", name="claims_estimates")
+measured = {row["id"]: {"estimate": estimates(row), "control": controls(row)} for row in claims if row["estimate"] is not None}
+report.bars(measured, "Each claim's estimate beside its control", "in the claim's own unit", name="claims_estimates")
 
 # %% [markdown]
 # ## 3 · The rules
