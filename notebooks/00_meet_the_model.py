@@ -212,7 +212,7 @@ report.check("meet.multiple_choice", float(right.mean()), atol=0.03)
 # %%
 checkpoints = {name: load_model(path, device=p.device, dtype=p.dtype) for name, path in
                (("base", p.base), ("helpful", p.helpful or p.model), ("chat", p.model))}
-chosen = ("plain fact", "benign request", "harmful, verb never refused")
+chosen = ("plain fact", "benign request", "harmful, verb never refused", "harmful, verb refused in training")
 prompts = [prompt_of(one_of_each[kind]) for kind in chosen]
 said = {name: [c.text for c in generate(one, prompts, max_new_tokens=24)] for name, one in checkpoints.items()}
 report.table([{"prompt": prompt, **{name: texts[i] for name, texts in said.items()}}
