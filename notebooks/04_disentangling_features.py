@@ -210,6 +210,22 @@ for name, run in runs.items():
 # The logit rows of the table are the finer instrument: a share of prompts moves only when an answer flips. Benign requests stand in it because a model that answers
 # nothing would also refuse less.
 #
+# A separation has two sides. The verdict below asks for one of them: refusal can be moved without truth. The other is whether the latents that were filtered out
+# *cause* wrong answers, or merely know of them:
+
+# %%
+other = runs.get("hallucination only")
+told = "No latent was hallucination-related, so the other side cannot be tested"
+if other:
+    moved = other.beyond_control("truth_logit")
+    told = "The hallucination latents move the choice between right and wrong " + (
+        f"beyond random ones ({moved})" if moved.low * moved.high > 0 else f"no more than random ones do ({moved}): they tell, and do not decide")
+near_limit = "at its ceiling, so a share could hardly rise" if base.truthful.mean() > 0.95 else "away from its limits"
+print(told + ".", f"Truth before ablation is {near_limit}.", sep="\n")
+
+# %% [markdown]
+# Where ablating filtered latents moves nothing, "hallucination feature" means *a feature that separates wrong from right answers*, and no more.
+#
 # ## 5 · Verdict, by rule
 #
 # C7 needs a refusal-specific set whose removal lowers refusal, by more than the control's, while truth stays within a stated margin; and SAEs that passed notebook 03's gate.

@@ -165,6 +165,14 @@ def test_latents_with_more_effect_get_the_dimensions_first():
     assert made.rank == 1 and (made.resid[:, 0] @ image).abs() / image.norm() > 0.999
 
 
+def test_a_layer_whose_latents_have_no_effect_adds_nothing():
+    decoders, weights = latents()
+    made = sub.RefusalSubspace.from_latents(decoders, weights, {0: torch.zeros(3), 2: torch.ones(2)}, explained=1.0)
+    assert set(made.z) == {2} and made.rank == 2
+    with pytest.raises(ValueError, match="has any effect"):
+        sub.RefusalSubspace.from_latents(decoders, weights, {0: torch.zeros(3), 2: torch.zeros(2)})
+
+
 def test_no_latents_or_a_decoder_of_another_width_is_refused():
     decoders, weights = latents()
     with pytest.raises(ValueError, match="No latent was selected"):

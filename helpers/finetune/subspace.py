@@ -80,9 +80,9 @@ class RefusalSubspace:
         """Subspace spanned by the decoder rows of selected latents in z ({layer: [n, d_z]}), and their image W_O·D in
         the residual stream (o_proj: {layer: [d_model, d_z]}).
 
-        Rows are scaled by `effects` (mean contribution to refusal; default 1), so `explained` is a share of the
-        effect. `rank` fixes the residual dimension instead. Raises ValueError when no latent was selected or a decoder
-        does not fit its o_proj.
+        Rows are scaled by `effects` (mean contribution to refusal; default 1; a layer without any is left out), so
+        `explained` is a share of the effect. `rank` fixes the residual dimension instead. Raises ValueError when no
+        latent was selected or has an effect, or a decoder does not fit its o_proj.
         """
         decoders = {layer: rows for layer, rows in decoders.items() if rows.numel()}
         if not decoders:
@@ -96,9 +96,13 @@ class RefusalSubspace:
                     f"{weight.shape[1]}."
                 )
             scale = torch.ones(len(rows)) if effects is None else effects[layer]
+            if not scale.any():
+                continue
             columns = (rows.detach().double() * scale.detach().double()[:, None]).T
             z[layer] = orthonormal(columns, explained=explained)
             images.append(weight @ columns)
+        if not images:
+            raise ValueError("No selected latent has any effect, so they span no subspace: select others.")
         resid = orthonormal(torch.cat(images, dim=1), rank=rank, explained=explained)
         return cls(
             resid,

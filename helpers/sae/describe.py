@@ -69,9 +69,9 @@ def effect_rows(runs: Mapping[str, Ablated], names: Sequence[str] = tuple(OUTCOM
             "latents taken out": set_name,
             "outcome": OUTCOMES[name],
             "before": float(getattr(run.base, name).mean()),
-            "fall": run.fall(name),
-            "fall, random latents": run.control_fall(name),
-            "beyond random": run.beyond_control(name),
+            "fall": _rounded(run.fall(name)),
+            "fall, random latents": _rounded(run.control_fall(name)),
+            "beyond random": _rounded(run.beyond_control(name)),
         }
         for set_name, run in runs.items()
         for name in names
@@ -88,3 +88,8 @@ def effect_bars(runs: Mapping[str, Ablated], names: Sequence[str]) -> dict[str, 
         }
         for name in names
     }
+
+
+def _rounded(interval: Interval) -> Interval:
+    # Averages over control draws cancel to 1e-19 rather than to zero.
+    return Interval(*(round(v, 6) + 0.0 for v in (interval.estimate, interval.low, interval.high)), interval.n)
