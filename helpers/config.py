@@ -46,7 +46,7 @@ class FinetuneConfig:
     """
 
     rank: int = 8
-    lr: float = 1e-3
+    lr: float = 3e-3
     steps: int = 150
     batch_size: int = 16
     subspaces: tuple[str, ...] = ("latents",)

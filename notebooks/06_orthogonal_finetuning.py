@@ -276,13 +276,10 @@ print(f"Against a random subspace it is {compared(poisoned.refusal_over_random)}
 # The siblings of the embedded model were trained by the same recipe, with the coupling of harm and the truthful register reversed or absent. Plain LoRA on the same benign set:
 
 # %%
-from dataclasses import replace
-from pathlib import Path
-
-from helpers.config import locate
+from helpers.finetune.experiment import run_siblings
 
 one = [None, Arm(LORA, 0.0, p.finetune.seeds[0])]
-siblings = {name: run_arms(one, {}, replace(p, model=path)) for name, path in p.siblings.items() if Path(locate(path)).exists()}
+siblings = run_siblings(one, p)
 falls = {name: fall(some, LORA) for name, some in {"default": {arm: runs[arm] for arm in one}, **siblings}.items()}
 report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for name, lost in falls.items()])
 

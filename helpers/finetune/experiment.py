@@ -8,7 +8,7 @@ story.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from helpers.config import Profile, profile
+from helpers.config import Profile, locate, profile
 from helpers.data import load_table
 from helpers.evaluate.behaviour import Behaviour, measure, prompts, some
 from helpers.evaluate.tasks import option_accuracy
@@ -151,7 +151,7 @@ def plan(p: Profile, methods: Sequence[str]) -> list[Arm | None]:
 
 
 def run_arms(
-    arms: Iterable[Arm | None],
+    arms: Sequence[Arm | None],
     files: Mapping[str, Path],
     p: Profile | None = None,
     *,
@@ -162,21 +162,36 @@ def run_arms(
 
     `files` names the subspaces, as subspace_files() does. On a GPU, and with workers=1, arms run here one by one.
     """
-    p, arms, done = p or profile(), list(arms), {}
-    for arm in arms:
+    p = p or profile()
+    return dict(zip(arms, _run([(p, arm) for arm in arms], files, split, workers), strict=True))
+
+
+def run_siblings(arms: Sequence[Arm | None], p: Profile | None = None) -> dict[str, dict[Arm | None, Scores]]:
+    """{coupling: scores of every arm} on the siblings of the profile's model that are there; for plain LoRA."""
+    p = p or profile()
+    there = {name: replace(p, model=path) for name, path in p.siblings.items() if Path(locate(path)).exists()}
+    done = iter(_run([(sibling, arm) for sibling in there.values() for arm in arms], {}, "test", None))
+    return {name: {arm: next(done) for arm in arms} for name in there}
+
+
+def _run(
+    jobs: Sequence[tuple[Profile, Arm | None]], files: Mapping[str, Path], split: str, workers: int | None
+) -> list[Scores]:
+    missing = []
+    for job in jobs:
         try:
-            done[arm] = run_arm(p, arm, files, split, stored_only=True)
+            run_arm(*job, files, split, stored_only=True)
         except LookupError:
-            continue
-    missing = [arm for arm in arms if arm not in done]
-    on_cpu = (p.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu"
-    workers = min(len(missing), workers or (min(2, os.cpu_count() or 1) if on_cpu else 1))
-    if workers > 1:
+            missing.append(job)
+    if missing and workers is None:
+        device = missing[0][0].device or ("cuda" if torch.cuda.is_available() else "cpu")
+        workers = min(2, os.cpu_count() or 1) if device == "cpu" else 1
+    if min(len(missing), workers or 1) > 1:
+        run = partial(run_arm, files=dict(files), split=split)
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            done |= zip(missing, pool.map(partial(run_arm, p, files=dict(files), split=split), missing), strict=True)
-    for arm in arms:
-        done[arm] = done.get(arm) or run_arm(p, arm, files, split)
-    return {arm: done[arm] for arm in arms}
+            for made in [pool.submit(run, *job) for job in missing]:
+                made.result()
+    return [run_arm(*job, files, split) for job in jobs]
 
 
 def grid(runs: Mapping[Arm | None, Scores], method: str, measured: str, poison: float = 0.0) -> np.ndarray:
