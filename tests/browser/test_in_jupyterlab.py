@@ -15,6 +15,9 @@ from helpers.browser.export import fallback_html
 from tests.browser.conftest import watched_page
 from tests.browser.worlds import hostile_state, planted_state
 
+pytest.importorskip("playwright", reason="The browser tests need playwright: install the project with its dev extra.")
+from playwright.sync_api import TimeoutError  # noqa: E402
+
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
 NOISE = re.compile(
@@ -36,11 +39,14 @@ def run_all(page, seconds: float = 240) -> None:
     page.locator("#jp-main-statusbar", has_text="| Idle").wait_for(timeout=120_000)  # before that, it asks for a kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_function(
-        """() => { const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(n => n.innerText);
-        return prompts.length > 0 && prompts.every(t => /\\d/.test(t)); }""",
-        timeout=seconds * 1000,
-    )
+    prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(n => n.innerText)"
+    failed = "document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')"
+    try:
+        page.wait_for_function(f"{failed} || {prompts}.every(t => /\\d/.test(t))", timeout=seconds * 1000)
+    except TimeoutError as error:
+        raise AssertionError(f"After {seconds} s the cells stand at {page.evaluate(prompts)}.") from error
+    if page.evaluate(f"{failed} !== null"):
+        raise AssertionError(f"A cell failed: {page.evaluate(failed + '.innerText')[-800:]}")
 
 
 def own_errors(view) -> list[str]:
@@ -171,8 +177,7 @@ def test_notebook_05_runs_and_shows_the_widget(lab, open_page):
         pytest.skip("Notebook 05 has not been executed yet: run `make reproduce` first.")
     shutil.copy(source, lab.folder / source.name)
     view = open_page(lab.url(source.name))
-    run_all(view.page, seconds=300)
-    assert view.page.locator('.jp-OutputArea [data-mime-type="application/vnd.jupyter.error"]').count() == 0
+    run_all(view.page, seconds=600)
     browser = view.page.locator(".jp-OutputArea .fb").first
     browser.scroll_into_view_if_needed()
     assert browser.locator(".fb-canvas .fb-row").count() > 5
