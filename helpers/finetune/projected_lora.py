@@ -128,7 +128,7 @@ class ProjectedLora:
                 wide = factor.double()
                 factor.copy_(wide - inside(wide, where.basis.to(wide), where.side))
         self.model.peft_config["default"].base_model_name_or_path = name
-        self.model.save_pretrained(str(path))
+        self.model.save_pretrained(str(path), save_embedding_layers=False)
         record = {"base": name, "digest": base_digest(self.model.base_model.model), "variant": self.variant}
         (path / RECORD).write_text(json.dumps(record | {"constrained": sorted(self.subspaces)}, indent=1) + "\n")
         return path
