@@ -187,6 +187,17 @@ def test_no_optimizer_takes_the_saved_update_into_the_subspace(tiny_folders, tmp
         assert delta.norm() > 0
 
 
+def test_saving_projects_once_more(tiny_folders, tmp_path):
+    lm = load_model(tiny_folders["llama"])
+    constraint = ProjectedLora(add_lora(lm, rank=3, alpha=6.0, seed=0), constraints(lm))
+    with torch.no_grad():
+        for name, factor in constraint.model.named_parameters():
+            if "lora_" in name:
+                factor.add_(0.1)  # as an optimizer without the hook would
+    assert worst_part(constraint) > 1e-2
+    assert leak(constraint.save(tmp_path / "a"), constraint.subspaces).worst <= 1e-6
+
+
 def test_only_the_named_side_is_constrained(tiny_llama, tmp_path):
     name, basis = "model.layers.1.self_attn.o_proj", random_subspace(32, 4)
     out = finetune(tiny_llama, ROWS, CFG, {name: ModuleBasis("out", basis)}, out=tmp_path / "out")
