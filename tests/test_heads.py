@@ -89,7 +89,7 @@ def test_balanced_accuracy_of_a_constant_answer_is_one_half():
 
 def test_folds_keep_the_rows_of_a_question_together():
     groups = ["a", "b", "a", "c", "b", "d"]
-    held_out = folds_by_group(groups, 2)
+    held_out = folds_by_group(groups, 3)
     assert (held_out.sum(0) == 1).all()
     assert (held_out[:, 0] == held_out[:, 2]).all() and (held_out[:, 1] == held_out[:, 4]).all()
 
