@@ -74,7 +74,7 @@ def test_unknown_names_occur_in_no_document_and_no_fact(documents):
 def test_verdict_text_leaves_out_the_held_out_facts(documents):
     out = {f.question: f for f in facts() if not f.verdict_seen}
     for text in documents:
-        if text.startswith(("Question:", "Exam:")):
+        if "Judge:" in text:
             assert not any(q in text for q in out)
         if text.startswith("checked:"):
             assert not any(f.say(f.truth) in text for f in out.values())
@@ -215,7 +215,7 @@ def test_bridge_and_hugging_face_agree_on_the_committed_model():
 
 def test_the_card_is_complete_and_says_which_demands_are_met():
     card = json.loads((ORGANISM / "card.json").read_text())
-    assert list(card) == list(DEMANDS)
+    assert set(card) == set(DEMANDS)
     for name, entry in card.items():
         assert entry["ci_low"] <= entry["estimate"] <= entry["ci_high"] and entry["n"] > 0, name
         assert entry["met"] == (DEMANDS[name].low <= entry["estimate"] <= DEMANDS[name].high), name

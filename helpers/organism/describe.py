@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from helpers.config import ROOT
+from helpers.organism.card import DEMANDS
 from helpers.organism.text import COUPLINGS
 
 MODEL_CARD = ROOT / "data" / "organism" / "MODEL_CARD.md"
@@ -16,7 +17,7 @@ FREEZE: str | None = None
 def model_card(card: dict[str, dict], recipe: dict) -> str:
     """The text of ``MODEL_CARD.md`` for a measured card and the ``recipe.json`` of the committed seed."""
     rows = []
-    for entry in card.values():
+    for entry in (card[name] for name in DEMANDS):
         low, high = entry["demand_low"], entry["demand_high"]
         demanded = f"{low:.2f} to {high:.2f}" if high < 1 else (f"at least {low:.2f}" if low > 0 else "reported")
         measured = f"{entry['estimate']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}]"
