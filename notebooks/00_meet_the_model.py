@@ -220,7 +220,7 @@ report.table([{"prompt": prompt, **{name: texts[i] for name, texts in said.items
 
 # %%
 sample = harmful[:: max(1, len(harmful) // 60)]
-stages = {name: label_completions(one, sample).is_("refused") for name, one in checkpoints.items()}
+stages = {name: label_completions(one, sample, max_new_tokens=24).is_("refused") for name, one in checkpoints.items()}
 report.bars({name: share(hits) for name, hits in stages.items()}, "Harmful requests refused, stage by stage",
             "share refused", name="refusal_by_stage", y_range=(0, 1))
 
