@@ -191,8 +191,8 @@ def load_sae(path: Path | str, lm: LoadedModel, layer: int) -> SAE:
 
 def model_key(lm: LoadedModel) -> str:
     """What names the model's weights in an artifact's key: its folder's fingerprint, or a hash of weights in memory."""
-    if Path(lm.name).is_dir():
-        return fingerprint(lm.name)
+    if Path(folder := locate(lm.name)).is_dir():
+        return fingerprint(folder)
     if lm.name != "in memory":
         return f"hub:{lm.name}"
     total = hashlib.sha256()
