@@ -22,7 +22,7 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor, nn
 
-from helpers.config import Profile, SaeConfig, profile
+from helpers.config import Profile, SaeConfig, locate, profile
 from helpers.models import LoadedModel
 from helpers.sae.corpus import Text, collect_z, digest, world_texts
 from helpers.store import artifact, fingerprint, write_json
