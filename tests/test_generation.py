@@ -91,6 +91,30 @@ def test_rows_that_end_stop_there_and_the_others_go_on(any_model):
         assert completion.text == lm.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
+def test_rows_that_go_on_keep_their_own_mask_and_position(any_model, monkeypatch):
+    """At every step a row sees as many places as it has real tokens, also after ended rows have left the batch."""
+    users, seen = ["a" * k for k in (1, 3, 5, 8, 30, 34, 39)], []
+    short = len(any_model.prompt_ids(users[2]))
+
+    def look(module, args, kwargs):
+        mask, position = kwargs["attention_mask"], kwargs["position_ids"][:, -1]
+        visible = (mask[:, 0, -1] if mask.ndim == 4 else mask).long().sum(-1)
+        seen.append((visible - 1, position))
+
+    def logits(arch, hidden):  # long prompts end at the second step, short ones go on
+        ends = (seen[-1][1] - len(seen) + 1 >= short) & (len(seen) > 1)
+        return torch.nn.functional.one_hot(torch.where(ends, any_model.end_id, 7), arch.vocab).float()
+
+    monkeypatch.setattr(type(any_model.arch), "logits", logits)
+    handle = any_model.arch.decoder.register_forward_pre_hook(look, with_kwargs=True)
+    found = generate(any_model, users, max_new_tokens=5)
+    handle.remove()
+    assert [c.n_tokens for c in found] == [5] * 3 + [2] * 4
+    assert [len(position) for _, position in seen] == [7, 7, 3, 3, 3]
+    for visible, position in seen:
+        assert torch.equal(visible, position) and len(position.unique()) > 1
+
+
 def test_generation_ends_when_every_row_has_ended(tiny_llama, monkeypatch):
     first = {hf_greedy(tiny_llama, user, 1, tiny_llama.stop_ids)[0] for user in USERS[:1]}
     lm = dataclasses.replace(tiny_llama, _end_id=first.pop())
