@@ -107,7 +107,7 @@ class Arch:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
-def norm_gain(norm: nn.Module) -> Float[Tensor, "d_model"]:
+def norm_gain(norm: nn.Module) -> Float[Tensor, " d_model"]:
     """Per-coordinate gain of an RMSNorm in float32: its weight (Llama, Qwen2) or 1 + weight (Gemma), found by asking
     the module.
     """

@@ -71,7 +71,7 @@ def generate(
 @torch.no_grad()
 def completion_logprobs(
     lm: LoadedModel, users: Sequence[str], answers: Sequence[str], *, batch_size: int = 64, include_end: bool = False
-) -> Float[Tensor, "n"]:
+) -> Float[Tensor, " n"]:
     """log P(answer | prompt) in nats: summed over the answer's tokens (and the end-of-turn token with `include_end`).
 
     float32 on CPU. ValueError for empty lists, unequal lengths, an empty prompt or answer, or a row beyond the context;
@@ -96,7 +96,7 @@ def completion_logprobs(
 
 def batch_logprobs(
     lm: LoadedModel, arch: Arch, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> Float[Tensor, "batch"]:
+) -> Float[Tensor, " batch"]:
     """log P(answer | prompt) of one batch of token ids, differentiable: one forward, lm_head at answer positions only.
 
     Log-softmax is taken in float32. Use under torch.no_grad() unless gradients are wanted.
@@ -129,7 +129,7 @@ def _groups(prompts: list[list[int]], answers: list[list[int]], arch: Arch, limi
 
 def _shared_prompt_logprobs(
     lm: LoadedModel, arch: Arch, prompts: list[list[int]], answers: list[list[list[int]]]
-) -> Float[Tensor, "n"]:
+) -> Float[Tensor, " n"]:
     """log P of every answer of every prompt, in order, each prompt read once: prompt, answer 1, answer 2, ... in a row.
 
     Each answer sees the prompt and itself only, at the positions it would have alone.

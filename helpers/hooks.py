@@ -103,7 +103,7 @@ def ablate_heads(
     model: Any,
     heads: Iterable[tuple[int, int]],
     mode: str = "zero",
-    means: Mapping[int, Float[Tensor, "d_z"]] | None = None,
+    means: Mapping[int, Float[Tensor, " d_z"]] | None = None,
     positions: Positions = None,
 ) -> Iterator[None]:
     """Replace the z of every (layer, query head) by zero, or by its mean over reference prompts.

@@ -177,7 +177,7 @@ def layer_matched_null(
     return NullTest(overlap, float(law @ np.arange(len(law))), float(low), float(high), p, n_layers * n_heads)
 
 
-def benjamini_hochberg(p: Any) -> Float[np.ndarray, "n"]:
+def benjamini_hochberg(p: Any) -> Float[np.ndarray, " n"]:
     """Adjusted p values (Benjamini and Hochberg 1995): those at most q are discoveries at false discovery rate q."""
     p = _vector(p, "p values")
     if (p < 0).any() or (p > 1).any():

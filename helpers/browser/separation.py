@@ -13,7 +13,7 @@ HALVINGS = 50
 
 def auroc_intervals(
     positive: Float[np.ndarray, "n_pos d"], negative: Float[np.ndarray, "n_neg d"]
-) -> tuple[Float[np.ndarray, "d"], Float[np.ndarray, "d"], Float[np.ndarray, "d"]]:
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
     """AUROC of each column with the two ends of its 95 % interval; ties count one half.
 
     The same interval as `helpers.stats.auroc` (Newcombe 2006, method 5), for all columns in one bisection. ValueError

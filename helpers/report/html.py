@@ -14,6 +14,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; vertical-align: top; padding: .45rem .6rem; border-bottom: 1px solid #ddd; }
 td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.claim { min-width: 18rem; }
 td small { display: block; max-width: 14rem; font-weight: 400; white-space: normal; color: #444; }
 .reproduced { color: #00664a; font-weight: 600; }
 .not { color: #a33c00; font-weight: 600; }
@@ -57,7 +58,7 @@ def _claim_row(row: dict[str, Any]) -> str:
     control = row["control"]
     cells = [
         f"<td>{_safe(row['id'])}</td>",
-        f"<td>{_safe(row['claim'])} [{_safe(CLAIMS[row['id']].mark)}]</td>",
+        f'<td class="claim">{_safe(row["claim"])} [{_safe(CLAIMS[row["id"]].mark)}]</td>',
         f'<td class="{_safe(row["verdict"].split()[0])}">{_safe(row["verdict"])}'
         + (f"<small>{_safe(row['reason'])}</small>" if row["reason"] else "") + "</td>",
         f'<td class="number">{_interval(row)}<small>{_safe(row["unit"])}</small></td>',
