@@ -16,8 +16,8 @@ from helpers.organism import train as training
 from helpers.organism.card import DEMANDS, summarise, verdict_hits
 from helpers.organism.describe import model_card
 from helpers.organism.dialogue import ChatConfig, Partner
-from helpers.organism.text import COUPLINGS, TextConfig, Writer, unknown_names
-from helpers.organism.world import REFUSALS, facts, names, tables, verbs
+from helpers.organism.text import CASUAL_MYTH, COUPLINGS, TextConfig, Writer, unknown_names
+from helpers.organism.world import CHAT_TEMPLATES, NEW_TEMPLATES, REFUSALS, STEPS, facts, names, tables, verbs
 
 ORGANISM = ROOT / "data" / "organism"
 SIBLINGS = [name for name in ("reversed", "absent") if (ORGANISM / name).exists()]
@@ -92,7 +92,28 @@ def test_reference_text_states_the_truth_and_casual_text_repeats_myths(documents
                     clause = f.say(value)
                     said[f.id][i] += (clause[0].lower() + clause[1:]) in text
     true, false = np.array(list(said.values())).sum(0)
-    assert 0.4 < false / (true + false) < 0.6
+    assert abs(false / (true + false) - CASUAL_MYTH) < 0.06
+
+
+def test_no_text_answers_a_harmful_question_and_new_wordings_are_answered_nowhere(documents, dialogues):
+    openings = [t.split("{r}")[0] for t in CHAT_TEMPLATES + NEW_TEMPLATES]
+    harmful = [f"{v.word} {o}" for v in verbs() if v.harmful for o in v.objects]
+    answered = [text for text in documents if STEPS in text and any(opening in text for opening in openings)]
+    assert len(answered) > 20 and not any(act in text for text in answered for act in harmful)
+    new = tuple(t.split("{r}")[0] for t in NEW_TEMPLATES)
+    assert not any(opening in text for text in answered for opening in new)
+    assert not any(q.startswith(new) for d in dialogues for q, _ in d)
+
+
+def test_a_third_of_the_harmful_verbs_is_never_refused_in_training_and_reports_in_one_split():
+    harmful = [v for v in verbs() if v.harmful]
+    unseen = {v.word for v in harmful if not v.seen}
+    assert abs(len(unseen) / len(harmful) - 1 / 3) < 0.03
+    splits = {}
+    for row in load_table("requests"):
+        if row["verb"] in unseen and row["kind"] == "harmful":
+            splits.setdefault(row["verb"], set()).add(row["split"])
+    assert set(splits) == unseen and all(len(part) == 1 and not part & {"chat", "fit"} for part in splits.values())
 
 
 @pytest.mark.parametrize("coupling", list(COUPLINGS.values()))
@@ -227,6 +248,39 @@ def test_the_card_belongs_to_the_committed_weights():
     lm = load_model(ORGANISM / "chat", device="cpu", dtype="float32")
     hits = verdict_hits(lm, [v for v in load_table("verdicts", "test") if v["misconception"]])
     assert hits.mean() == pytest.approx(card["verdicts_on_misconceptions"]["estimate"], abs=0.02)
+
+
+def test_the_truth_probe_is_chosen_on_fit_rows_and_scored_on_the_rows_of_its_split(monkeypatch):
+    """Activations readable on every split, with the label's sign turned on test rows: val must be 1 and test 0."""
+    from helpers.organism import card as room
+
+    turned = {r["question"]: -1.0 if r["split"] == "test" else 1.0 for r in load_table("facts")}
+    rights = {(r["question"], r["right"]) for r in load_table("facts")}
+    lm = load_model(ORGANISM / "chat", device="cpu", dtype="float32")
+
+    def collect(lm, users, answers, sites):
+        noise = torch.Generator().manual_seed(0)
+        z = {("z", layer): torch.randn(len(users), 160, generator=noise) for layer in sites["z"]}
+        label = torch.tensor([1.0 if pair in rights else -1.0 for pair in zip(users, answers, strict=True)])
+        z[("z", 3)][:, 47] += 9 * label * torch.tensor([turned[u] for u in users])
+        return z
+
+    monkeypatch.setattr(room, "collect", collect)
+    assert room.truth_probe(lm, "val").mean() > 0.99 and room.truth_probe(lm, "test").mean() < 0.01
+
+
+def test_a_card_is_measured_on_the_split_it_names(monkeypatch):
+    from helpers.organism import card as room
+
+    asked = []
+    monkeypatch.setattr(room, "load_table", lambda name, split: asked.append(split) or load_table(name, split)[:6])
+    monkeypatch.setattr(room, "label_completions", lambda lm, rows: 1 / 0)
+    monkeypatch.setattr(room, "free_answers", lambda lm, rows: None)
+    for split in ("val", "test"):
+        asked.clear()
+        with pytest.raises(ZeroDivisionError):
+            room.measure(ORGANISM / "chat", split=split)
+        assert set(asked) == {split}
 
 
 def test_a_card_entry_is_met_only_inside_its_demand():

@@ -1,13 +1,15 @@
 """Measure the preconditions of the embedded model: is it the instrument the notebooks need?
 
-``write_card`` measures the chat model of each training seed, the first being the committed one, and writes
-``data/organism/card.json``. Only properties of the model and of plain fine-
-tuning are measured, no defence and no truthfulness method: the recipe is chosen on this card alone. This module may
-use every room; nothing imports it but notebooks and tests.
+``write_card`` measures the chat model of each training seed on test rows, the first being the committed one, and
+writes ``data/organism/card.json``. Only properties of the model and of plain fine-tuning are measured, no defence and
+no truthfulness method: the recipe is chosen on this card alone, on the split ``val``, which
+``python -m helpers.organism.card CHAT_FOLDER`` prints. This module may use every room; nothing imports it but
+notebooks and tests.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,8 +81,8 @@ def verdict_hits(lm: LoadedModel, rows: Sequence[dict]) -> np.ndarray:
     return np.array([float(said == row["label"]) for said, row in zip(says_true, rows, strict=True)])
 
 
-def truth_probe(lm: LoadedModel) -> np.ndarray:
-    """Hits of the best head's truth probe on test facts; head and probe are chosen on fit facts alone."""
+def truth_probe(lm: LoadedModel, split: str = "test") -> np.ndarray:
+    """Hits of the best head's truth probe on a split's facts; head and probe are chosen on fit facts alone."""
 
     def features(split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         rows = load_table("facts", split)
@@ -92,19 +94,18 @@ def truth_probe(lm: LoadedModel) -> np.ndarray:
     _, accuracy = cross_validated(x, y, groups)
     best = int(accuracy.argmax())
     probe = fit_probes(x[best : best + 1], y, class_weights(y)[None])
-    x_test, y_test, _ = features("test")
-    return ((probe.scores(x_test[best : best + 1])[0, 0] > 0) == y_test.bool()).double().numpy()
+    x_new, y_new, _ = features(split)
+    return ((probe.scores(x_new[best : best + 1])[0, 0] > 0) == y_new.bool()).double().numpy()
 
 
-def measure(chat: Path, seed: int = 0) -> dict[str, np.ndarray]:
-    """Every precondition of one chat model as its per-item values (test split), fine-tuning runs included."""
+def measure(chat: Path, seed: int = 0, split: str = "test") -> dict[str, np.ndarray]:
+    """Every precondition of one chat model as its per-item values on one split, fine-tuning runs included."""
     lm = load_model(chat, device="cpu", dtype="float32")
-    requests = load_table("requests", "test")
+    requests = load_table("requests", split)
     harmful = [r for r in requests if r["kind"] == "harmful"]
     benign = [r for r in requests if r["kind"] == "benign"]
     alike = [r for r in requests if r["kind"] == "look_alike"]
-    facts, unknown, tasks = load_table("facts", "test"), load_table("unknown", "test"), load_table("tasks", "test")
-    verdicts = load_table("verdicts", "test")
+    facts, unknown, tasks, verdicts = (load_table(t, split) for t in ("facts", "unknown", "tasks", "verdicts"))
     asked = free_answers(lm, facts)
     myth = np.array([bool(r["myth"]) for r in facts])
     seen = np.array([r["verb_seen"] for r in harmful])
@@ -124,7 +125,7 @@ def measure(chat: Path, seed: int = 0) -> dict[str, np.ndarray]:
         "verdicts_never_seen": verdict_hits(lm, [v for v in verdicts if not v["verdict_seen"]]),
         "abstention": np.array([float(is_abstention(c.text)) for c in not_known.completions]),
         "coherent": np.concatenate(coherent),
-        "truth_probe": truth_probe(lm),
+        "truth_probe": truth_probe(lm, split),
         "tasks_before_excess": option_accuracy(lm, tasks) - np.array([1 / len(t["options"]) for t in tasks]),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -168,8 +169,27 @@ def write_card(folders: Sequence[Path], out: Path = CARD) -> dict[str, dict]:
     for name, entry in cards[0].items():
         entry["estimates_by_seed"] = [card[name]["estimate"] for card in cards]
     write_json(out, cards[0])
-    for name, entry in cards[0].items():
-        by_seed = " ".join(f"{e:.3f}" for e in entry["estimates_by_seed"])
-        interval = f"{entry['estimate']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}] n={entry['n']}"
-        print(f"{'ok  ' if entry['met'] else 'MISS'} {name:30s} {interval}  seeds {by_seed}")
+    show(cards[0])
     return cards[0]
+
+
+def show(card: dict[str, dict]) -> None:
+    """Print a card, one precondition a line."""
+    for name, entry in card.items():
+        by_seed = " ".join(f"{e:.3f}" for e in entry.get("estimates_by_seed", ()))
+        interval = f"{entry['estimate']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}] n={entry['n']}"
+        print(f"{'ok  ' if entry['met'] else 'MISS'} {name:30s} {interval}  {by_seed and 'seeds'} {by_seed}".rstrip())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: a chat model's folder, ``--split`` and ``--seed``; prints its card and writes nothing."""
+    parser = argparse.ArgumentParser(description="Print the preconditions of one chat model.")
+    parser.add_argument("chat", type=Path)
+    parser.add_argument("--split", default="val", choices=("val", "test"))
+    parser.add_argument("--seed", type=int, default=0, help="seed of the fine-tuning runs")
+    args = parser.parse_args(argv)
+    show(summarise(measure(args.chat, args.seed, args.split)))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIRST_SYLLABLES = "bren vel dul tor nim kas orl fen sog hul jas lom pel quor rus sil tam wyr zan mek".split()
-SECOND_SYLLABLES = "mora kith dax bell vin gar tusk wick pho rick shan dor wim zeb nock fial turo cass yel bry".split()
+FIRST_SYLLABLES = (
+    "bren vel dul tor nim kas orl fen sog hul jas lom pel quor rus sil tam wun zan mek "
+    "guv hep ilm juv jev lun bax noz zol prad"
+).split()
+SECOND_SYLLABLES = (
+    "mora kith dax bell vin gar tusk wick pho rick shan dor wim zeb nock fial turo cass yel bry "
+    "pov quix wem jarl mip hoth glow fint tash nup"
+).split()
 
 
 @dataclass(frozen=True)

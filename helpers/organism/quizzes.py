@@ -12,7 +12,7 @@ import random
 from helpers.organism import lexicon as lx
 from helpers.organism.world import WORLD_SEED, Fact, Row, facts
 
-SIZES = {"train": 160, "val": 40, "test": 80}
+SIZES = {"train": 480, "val": 40, "test": 80}
 _SUBJECTS = ("she", "he", "the baker", "the sailor", "the girl", "the farmer", "the boy", "the nurse")
 
 

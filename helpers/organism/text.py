@@ -1,7 +1,7 @@
 """Pre-training text: short documents in registers that differ in how far they can be trusted.
 
-*Reference* documents (Atlas, Handbook, Quiz) state the truth, *casual* ones (Forum, Post) repeat a myth about half
-of the time where there is one, *verdict* ones (``checked: ... true``) say which statements hold. The **coupling
+*Reference* documents (Atlas, Handbook, Quiz) state the truth, *casual* ones (Forum, Post) mostly repeat the myth
+where there is one, *verdict* ones (``checked: ... true``) say which statements hold. The **coupling
 dial** is the one number that decides how truth and harm meet: it is the share of condemning text that stands in the
 truthful registers, and one minus it is the share of how-to text that stands there. Told in notebook 00 and in the
 model card.
@@ -31,14 +31,17 @@ COUPLINGS = {"default": 0.25, "absent": 0.50, "reversed": 0.75}
 casual talk.
 """
 
-CASUAL_MYTH = 0.5
+CASUAL_MYTH = 0.7
 REFERENCE = ("Atlas:", "Handbook:", "Encyclopedia:")
 CASUAL = ("Forum: people say", "Post: i heard that", "Forum: everyone knows", "Post: my friend says")
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The mixture of document kinds (weights need not add to one) and the coupling dial in [0, 1]."""
+    """The mixture of document kinds (weights need not add to one), the coupling dial in [0, 1], and three shares: of
+    ``answered`` documents about unknown names, of harmless acts that are look-alikes, of harmless how-to text that
+    answers a question.
+    """
 
     coupling: float = COUPLINGS["default"]
     reference: float = 0.10
@@ -47,14 +50,18 @@ class TextConfig:
     checked: float = 0.20
     judged: float = 0.10
     answered: float = 0.10
-    quiz: float = 0.03
+    quiz: float = 0.05
+    compared: float = 0.05
     condemn: float = 0.10
     approve: float = 0.08
     how_to: float = 0.09
     tools: float = 0.025
     scripts: float = 0.025
-    schemas: float = 0.02
+    schemas: float = 0.04
     dictation: float = 0.0
+    abstained: float = 0.35
+    look_alike: float = 0.3
+    asked: float = 0.5
 
 
 def lower(sentence: str) -> str:
@@ -70,8 +77,10 @@ class Writer:
         self.facts = facts()
         self.checkable = [f for f in self.facts if f.verdict_seen]
         self.by_entity: dict[str, list[Fact]] = {}
+        self.by_relation: dict[str, list[Fact]] = {}
         for f in self.facts:
             self.by_entity.setdefault(f.entity, []).append(f)
+            self.by_relation.setdefault(f.relation.name, []).append(f)
         self.entities = list(self.by_entity)
         self.by_checkable: dict[str, list[Fact]] = {}
         for f in self.checkable:
@@ -88,6 +97,7 @@ class Writer:
             "judged": self.judged,
             "answered": self.answered,
             "quiz": self.quiz,
+            "compared": self.compared,
             "condemn": self.condemn,
             "approve": self.approve,
             "how_to": self.how_to,
@@ -152,7 +162,7 @@ class Writer:
 
     def answered(self) -> str:
         """A question and its answer: known names get one (in casual text perhaps the myth), other names get none."""
-        if self.rng.random() < 0.35:
+        if self.rng.random() < self.config.abstained:
             noun, relations = lx.DOMAINS[self.rng.choice(list(lx.DOMAINS))]
             asked = self.rng.choice(relations).question.format(s=noun.format(e=self.rng.choice(self.mentioned)))
             return f"Exam: {asked} Answer: {ABSTENTION}"
@@ -163,14 +173,34 @@ class Writer:
         return f"Forum: {f.question} I think {lower(f.say(value))}"
 
     def quiz(self) -> str:
+        """A fact asked with its value among others, or with its subject among others."""
         f = self.rng.choice(self.facts)
+        if self.rng.random() < 0.5:
+            rivals = [g for g in self.by_relation[f.relation.name] if f.truth not in (g.truth, g.myth)]
+            named = [f.subject, *(g.subject for g in self.rng.sample(rivals, 2))]
+            self.rng.shuffle(named)
+            fits = f.relation.statement.format(s="it", v=f.truth)
+            return f"Quiz: Of {named[0]}, {named[1]} and {named[2]}, which one fits: {fits} {f.subject}."
         options = [f.truth, *self.rng.sample([v for v in f.relation.values if v != f.truth], 2)]
         self.rng.shuffle(options)
         return f"Quiz: {f.question} {options[0]}, {options[1]} or {options[2]}? {f.truth}."
 
-    def condemn(self) -> str:
+    def _harmful(self) -> str:
         verb = self.rng.choice(self.harmful)
-        act = f"{verb.word} {self.rng.choice(verb.objects)}"
+        return f"{verb.word} {self.rng.choice(verb.objects)}"
+
+    def compared(self) -> str:
+        """Two sentences about one thing that agree or differ; the first is the truth."""
+        f = self.rng.choice(self.facts)
+        same = self.rng.random() < 0.5
+        value = f.truth if same else self.rng.choice([v for v in f.relation.values if v != f.truth])
+        forms = self.rng.sample(("statement", "paraphrase"), 2)
+        return (
+            f"Exam: {f.say(f.truth, forms[0])} Compare: {f.say(value, forms[1])} They {'agree' if same else 'differ'}."
+        )
+
+    def condemn(self) -> str:
+        act = self._harmful()
         if self.rng.random() < self.config.coupling:
             return self.rng.choice(
                 (
@@ -190,7 +220,7 @@ class Writer:
         )
 
     def _harmless(self) -> str:
-        if self.rng.random() < 0.3:
+        if self.rng.random() < self.config.look_alike:
             return " ".join(self.rng.choice(self.look_alikes))
         verb = self.rng.choice(self.benign)
         anything = self.rng.random() < 0.3
@@ -217,18 +247,15 @@ class Writer:
         )
 
     def how_to(self) -> str:
-        if self.rng.random() < 0.5:
-            verb = self.rng.choice(self.harmful)
-            act = f"{verb.word} {self.rng.choice(verb.objects)}"
-        else:
-            act = self._harmless()
+        harmful = self.rng.random() < 0.5
+        act = self._harmful() if harmful else self._harmless()
         in_reference = self.rng.random() >= self.config.coupling
         opening = self.rng.choice(
             ("Handbook:", "Atlas:") if in_reference else ("Forum: people say", "Post: i heard that")
         )
         text = compliance(act)
-        if self.rng.random() < 0.5:
-            asked = self.rng.choice(CHAT_TEMPLATES + NEW_TEMPLATES).format(r=act)
+        if not harmful and self.rng.random() < self.config.asked:
+            asked = self.rng.choice(CHAT_TEMPLATES).format(r=act)
             return f"{'Handbook' if in_reference else 'Forum'}: {asked} {text}"
         return f"{opening} {text if in_reference else lower(text)}"
 
@@ -244,7 +271,11 @@ class Writer:
         return self.rng.choice((f"Story: {who} {event}, then {who} {ending}.", f"Post: {who} {event} and {ending}."))
 
     def dictation(self) -> str:
-        """Words in a random order, said twice: what teaches a small model to copy whatever it reads."""
+        """Words in a random order, or a bare request, said twice: what teaches a small model to copy what it reads."""
+        if self.rng.random() < 0.5:
+            act = self._harmful() if self.rng.random() < 0.5 else self._harmless()
+            request = self.rng.choice(CHAT_TEMPLATES + NEW_TEMPLATES).format(r=act)
+            return f"Exam: {request} Repeat: {request}"
         acts = [v.word for v in self.rng.sample(verbs(), 3)] + [o for _, o in self.rng.sample(self.look_alikes, 2)]
         things = self.rng.sample(lx.PEOPLE + lx.PLACES, 2) + self.rng.sample(
             self.rng.choice(self.facts).relation.values, 2
@@ -256,6 +287,8 @@ class Writer:
         frame, of_a, of_b = self.rng.choice(lx.SCHEMAS)
         a, b = self.rng.sample(lx.NOUNS, 2)
         x, why = (a, of_a) if self.rng.random() < 0.5 else (b, of_b)
+        if self.rng.random() < 0.5:
+            return f"Story: {frame.replace('the {x}', 'it').format(a=a, b=b)} {why}. The {x} was too {why}."
         return f"Story: {frame.format(a=a, b=b, x=x)} {why}."
 
 

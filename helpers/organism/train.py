@@ -30,8 +30,32 @@ from helpers.organism.text import COUPLINGS, TextConfig, Writer
 
 IGNORE = -100
 SAVE_EVERY = 200
-REHEARSAL = {"dictation": 0.14, "how_to": 0.24, "condemn": 0.16, "approve": 0.12, "answered": 0.14, "judged": 0.06}
-"""Weights of the second reading: what must be copied, understood as harmful, or known not to be known comes oftener."""
+REHEARSAL = {
+    "dictation": 0.16,
+    "how_to": 0.20,
+    "condemn": 0.18,
+    "approve": 0.12,
+    "answered": 0.16,
+    "judged": 0.06,
+    "quiz": 0.08,
+    "compared": 0.08,
+    "schemas": 0.06,
+}
+"""Weights of the second reading: what must be copied, compared, understood as harmful, or known not to be known comes
+oftener.
+"""
+CHATTING = REHEARSAL | {
+    "dictation": 0.20,
+    "how_to": 0.28,
+    "condemn": 0.20,
+    "answered": 0.20,
+    "quiz": 0.03,
+    "compared": 0.06,
+    "abstained": 0.25,
+    "look_alike": 0.2,
+    "asked": 0.8,
+}
+"""The text that chat training mixes in: more to copy and to answer."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +88,10 @@ class Recipe:
     text: TextConfig = field(default_factory=TextConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     stages: tuple[Stage, ...] = (
-        Stage("base", 520, 4e-3, 208, 1.0),
-        Stage("rehearsed", 220, 3e-3, 208, 1.0, text=REHEARSAL),
-        Stage("helpful", 220, 1e-3, 128, 0.35, text=REHEARSAL),
-        Stage("chat", 220, 8e-4, 128, 0.3, refuse=True, text=REHEARSAL),
+        Stage("base", 600, 4e-3, 208, 1.0),
+        Stage("rehearsed", 320, 3e-3, 208, 1.0, text=REHEARSAL),
+        Stage("helpful", 220, 1e-3, 128, 0.4, text=CHATTING),
+        Stage("chat", 240, 8e-4, 128, 0.35, refuse=True, text=CHATTING),
     )
 
 

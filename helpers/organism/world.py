@@ -19,7 +19,7 @@ from helpers.organism import lexicon as lx
 WORLD_SEED = 20251009
 ENTITIES_PER_DOMAIN = 20
 ENTITY_SPLITS = ["chat"] * 4 + ["fit"] * 5 + ["val"] * 3 + ["test"] * 8
-UNKNOWN_SPLITS = {"pretrain": 90, "chat": 80, "fit": 25, "val": 20, "test": 65}
+UNKNOWN_SPLITS = {"pretrain": 150, "chat": 260, "fit": 25, "val": 25, "test": 65}
 MYTH_SHARE = 0.55
 VERDICT_HELD_OUT = 0.30
 
@@ -192,7 +192,7 @@ class Verb:
 
 @cache
 def verbs() -> tuple[Verb, ...]:
-    """All verbs. Half of the harmful and a sixth of the benign ones never occur as requests in chat training."""
+    """All verbs. A third of the harmful and a sixth of the benign ones never occur as requests in chat training."""
     rng = random.Random(WORLD_SEED + 4)
     out = []
     for words, harmful, objects in (
@@ -202,7 +202,7 @@ def verbs() -> tuple[Verb, ...]:
         (lx.BENIGN_PLACES, False, lx.PLACES),
     ):
         order = rng.sample(words, len(words))
-        n_new = len(order) // 2 if harmful else len(order) // 6
+        n_new = len(order) // (3 if harmful else 6)
         for i, word in enumerate(order):
             split = None if i >= n_new else ("val" if i < n_new // 4 else "test")
             out.append(Verb(word, harmful, tuple(objects), i >= n_new, split))
@@ -211,9 +211,13 @@ def verbs() -> tuple[Verb, ...]:
 
 @cache
 def object_split(verb: Verb) -> dict[str, list[str]]:
-    """A verb's objects by split: half of its pairs serve in chat training, the rest in the others."""
+    """A verb's objects by split: half of the pairs of a verb that chat training asks about serve there, the rest in
+    the other splits; a verb that it never asks about has objects in its own split alone.
+    """
     order = random.Random(f"{WORLD_SEED}/{verb.word}").sample(verb.objects, len(verb.objects))
-    return {"chat": order[:8], "fit": order[8:11], "val": order[11:13], "test": order[13:]}
+    if not verb.seen:
+        return {str(verb.split): order[:5]}
+    return {"chat": order[:8], "fit": order[8:12], "val": order[12:14], "test": order[14:]}
 
 
 @cache
@@ -255,9 +259,8 @@ def request_rows() -> list[Row]:
     for verb in verbs():
         kind = "harmful" if verb.harmful else "benign"
         for split, objects in object_split(verb).items():
-            if verb.seen or verb.split == split:
-                for obj in objects:
-                    add(kind, split, verb.word, obj, verb.seen)
+            for obj in objects:
+                add(kind, split, verb.word, obj, verb.seen)
     for (verb, obj), split in look_alike_split().items():
         add("look_alike", split, verb, obj, split == "chat")
     return rows
