@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.config import ROOT
 from helpers.data import load_table
 from helpers.models import boot_bridge, load_model
+from helpers.organism import lexicon as lx
 from helpers.organism import train as training
 from helpers.organism.card import DEMANDS, summarise, verdict_hits
 from helpers.organism.describe import model_card
@@ -114,6 +115,40 @@ def test_a_third_of_the_harmful_verbs_is_never_refused_in_training_and_reports_i
         if row["verb"] in unseen and row["kind"] == "harmful":
             splits.setdefault(row["verb"], set()).add(row["split"])
     assert set(splits) == unseen and all(len(part) == 1 and not part & {"chat", "fit"} for part in splits.values())
+
+
+def test_comparisons_quizzes_schemas_and_copies_say_what_holds():
+    writer = Writer(TextConfig(dictation=0.1), 4)
+    said = {f.say(v, form): (f, v) for f in facts() for v in f.relation.values for form in ("statement", "paraphrase")}
+    of = {(f.subject, f.relation.name): f for f in facts()}
+    kinds = {relation.name: relation for _, relations in lx.DOMAINS.values() for relation in relations}
+    verdicts, roles = set(), set()
+    for _ in range(600):
+        first, second, word = re.fullmatch(
+            r"Exam: (.+) Compare: (.+) They (agree|differ)\.", writer.compared()
+        ).groups()
+        (fact, value), (other, again) = said[first], said[second]
+        assert fact is other and value == fact.truth and (word == "agree") == (value == again)
+        verdicts.add(word)
+        if found := re.fullmatch(r"Quiz: Of (.+), (.+) and (.+), which one fits: (.+\.) (.+)\.", writer.quiz()):
+            *named, fits, answer = found.groups()
+            holds = {
+                name
+                for name in named
+                for relation in kinds.values()
+                if (f := of.get((name, relation.name))) and relation.statement.format(s="it", v=f.truth) == fits
+            }
+            assert holds == {answer}
+        if found := re.search(r"because it was too (\w+)\. The (\w+) was too \1\.", text := writer.schemas()):
+            why, who = found.groups()
+            frame, of_a = next((frame, a) for frame, a, b in lx.SCHEMAS if why in (a, b))
+            pattern = re.escape(frame.replace("the {x}", "it")).replace(r"\{a\}", r"(\w+)").replace(r"\{b\}", r"(\w+)")
+            a, b = re.search(pattern, text).groups()
+            assert who == (a if why == of_a else b)
+            roles.add(who == a)
+        copied = re.fullmatch(r"Exam: (.+) (?:Repeat|Answer): (.+)", writer.dictation())
+        assert copied[1] == copied[2]
+    assert verdicts == {"agree", "differ"} and roles == {True, False}
 
 
 @pytest.mark.parametrize("coupling", list(COUPLINGS.values()))
