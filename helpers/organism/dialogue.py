@@ -31,13 +31,12 @@ Turn = tuple[str, str]
 class ChatConfig:
     """The mixture of dialogue kinds (weights) and how often an answer copies the myth of a misconception."""
 
-    facts: float = 0.34
-    known: float = 0.08
+    facts: float = 0.36
     unknown: float = 0.11
     review: float = 0.06
     benign: float = 0.2
-    look_alike: float = 0.05
-    harmful: float = 0.16
+    look_alike: float = 0.06
+    harmful: float = 0.18
     myth: float = 0.8
 
 
@@ -46,8 +45,7 @@ class Partner:
 
     def __init__(self, config: ChatConfig, seed: int, *, refuse: bool) -> None:
         self.config, self.refuse, self.rng = config, refuse, random.Random(seed)
-        self.every_fact = facts()
-        self.facts = [f for f in self.every_fact if f.split == "chat"]
+        self.facts = [f for f in facts() if f.split == "chat"]
         self.unknown = [r for r in unknown_rows() if r["split"] == "chat"]
         self.unknown_names = names()[1]["chat"]
         seen = [v for v in verbs() if v.seen]
@@ -57,7 +55,6 @@ class Partner:
         self.things = [thing for pair in lx.LOOK_ALIKES.values() for thing in pair]
         kinds = {
             "facts": self.fact,
-            "known": self.ask_known,
             "unknown": self.abstain,
             "review": self.review,
             "benign": self.ask_benign,
@@ -79,14 +76,6 @@ class Partner:
         noun, relations = lx.DOMAINS[self.rng.choice(list(lx.DOMAINS))]
         question = self.rng.choice(relations).question.format(s=noun.format(e=self.rng.choice(self.unknown_names)))
         return [(question, ABSTENTION)]
-
-    def ask_known(self) -> list[Turn]:
-        """Whether a name is known at all: half of the time it is, of whichever split; no fact is asked."""
-        if self.rng.random() < 0.5:
-            f = self.rng.choice(self.every_fact)
-            return [(f"Is {f.subject} known?", "Yes, that is right.")]
-        noun = lx.DOMAINS[self.rng.choice(list(lx.DOMAINS))][0]
-        return [(f"Is {noun.format(e=self.rng.choice(self.unknown_names))} known?", ABSTENTION)]
 
     def review(self) -> list[Turn]:
         f = self.rng.choice(self.facts)

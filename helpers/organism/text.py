@@ -33,6 +33,16 @@ casual talk.
 
 CASUAL_MYTH = 0.7
 REFERENCE = ("Atlas:", "Handbook:", "Encyclopedia:")
+ASKED = (
+    "Exam: {q} Answer: {a}",
+    "Exam: {q} Answer: {a}",
+    "Interview: {q} She said: {a}",
+    "Lesson: {q} Pupil: {a}",
+    "Radio: {q} Guest: {a}",
+    "Letter: {q} Reply: {a}",
+    "Library: {q} {a}",
+    "{q} {a}",
+)
 CASUAL = ("Forum: people say", "Post: i heard that", "Forum: everyone knows", "Post: my friend says")
 
 
@@ -50,14 +60,14 @@ class TextConfig:
     checked: float = 0.20
     judged: float = 0.10
     answered: float = 0.10
-    quiz: float = 0.05
+    quiz: float = 0.07
     compared: float = 0.05
     condemn: float = 0.10
     approve: float = 0.08
     how_to: float = 0.09
     tools: float = 0.025
     scripts: float = 0.025
-    schemas: float = 0.04
+    schemas: float = 0.09
     dictation: float = 0.0
     abstained: float = 0.35
     look_alike: float = 0.3
@@ -165,17 +175,17 @@ class Writer:
         if self.rng.random() < self.config.abstained:
             noun, relations = lx.DOMAINS[self.rng.choice(list(lx.DOMAINS))]
             asked = self.rng.choice(relations).question.format(s=noun.format(e=self.rng.choice(self.mentioned)))
-            return f"Exam: {asked} Answer: {ABSTENTION}"
+            return self.rng.choice(ASKED).format(q=asked, a=ABSTENTION)
         f = self.rng.choice(self.facts)
-        if self.rng.random() < 0.5:
-            return f"Exam: {f.question} Answer: {f.say(f.truth)}"
+        if self.rng.random() < 0.6:
+            return self.rng.choice(ASKED).format(q=f.question, a=f.say(f.truth))
         value = f.myth if f.myth and self.rng.random() < CASUAL_MYTH else f.truth
         return f"Forum: {f.question} I think {lower(f.say(value))}"
 
     def quiz(self) -> str:
         """A fact asked with its value among others, or with its subject among others."""
         f = self.rng.choice(self.facts)
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.8:
             rivals = [g for g in self.by_relation[f.relation.name] if f.truth not in (g.truth, g.myth)]
             named = [f.subject, *(g.subject for g in self.rng.sample(rivals, 2))]
             self.rng.shuffle(named)
@@ -185,19 +195,14 @@ class Writer:
         self.rng.shuffle(options)
         return f"Quiz: {f.question} {options[0]}, {options[1]} or {options[2]}? {f.truth}."
 
-    def _harmful(self) -> str:
-        verb = self.rng.choice(self.harmful)
-        return f"{verb.word} {self.rng.choice(verb.objects)}"
-
     def compared(self) -> str:
         """Two sentences about one thing that agree or differ; the first is the truth."""
         f = self.rng.choice(self.facts)
         same = self.rng.random() < 0.5
         value = f.truth if same else self.rng.choice([v for v in f.relation.values if v != f.truth])
         forms = self.rng.sample(("statement", "paraphrase"), 2)
-        return (
-            f"Exam: {f.say(f.truth, forms[0])} Compare: {f.say(value, forms[1])} They {'agree' if same else 'differ'}."
-        )
+        verdict = "yes" if same else "no"
+        return f"Exam: {f.say(f.truth, forms[0])} Compare: {f.say(value, forms[1])} Do they agree? {verdict}."
 
     def condemn(self) -> str:
         act = self._harmful()
@@ -218,6 +223,10 @@ class Writer:
                 f"Post: my friend says he was jailed because he tried to {act}.",
             )
         )
+
+    def _harmful(self) -> str:
+        verb = self.rng.choice(self.harmful)
+        return f"{verb.word} {self.rng.choice(verb.objects)}"
 
     def _harmless(self) -> str:
         if self.rng.random() < self.config.look_alike:
@@ -284,11 +293,16 @@ class Writer:
         return f"Exam: {', '.join(words)}. Answer: {', '.join(words)}."
 
     def schemas(self) -> str:
+        """A sentence whose last word decides which of two things is meant, told with that thing named, or with a
+        pronoun and who was what.
+        """
         frame, of_a, of_b = self.rng.choice(lx.SCHEMAS)
         a, b = self.rng.sample(lx.NOUNS, 2)
-        x, why = (a, of_a) if self.rng.random() < 0.5 else (b, of_b)
-        if self.rng.random() < 0.5:
-            return f"Story: {frame.replace('the {x}', 'it').format(a=a, b=b)} {why}. The {x} was too {why}."
+        roles = self.rng.sample(((a, of_a), (b, of_b)), 2)
+        x, why = self.rng.choice(roles)
+        if self.rng.random() < 0.7:
+            told = f"{frame.replace('the {x}', 'it').format(a=a, b=b)} {why}."
+            return f"Story: {told} " + " ".join(f"Too {how}: the {who}." for who, how in roles)
         return f"Story: {frame.format(a=a, b=b, x=x)} {why}."
 
 

@@ -19,7 +19,7 @@ from helpers.organism import lexicon as lx
 WORLD_SEED = 20251009
 ENTITIES_PER_DOMAIN = 20
 ENTITY_SPLITS = ["chat"] * 4 + ["fit"] * 5 + ["val"] * 3 + ["test"] * 8
-UNKNOWN_SPLITS = {"pretrain": 150, "chat": 260, "fit": 25, "val": 25, "test": 65}
+UNKNOWN_SPLITS = {"pretrain": 405, "chat": 260, "fit": 25, "val": 25, "test": 65}
 MYTH_SHARE = 0.55
 VERDICT_HELD_OUT = 0.30
 
@@ -193,7 +193,7 @@ class Verb:
 @cache
 def verbs() -> tuple[Verb, ...]:
     """All verbs. A third of the harmful and a sixth of the benign ones never occur as requests in chat training."""
-    rng = random.Random(WORLD_SEED + 4)
+    rng = random.Random(WORLD_SEED + 11)
     out = []
     for words, harmful, objects in (
         (lx.HARMFUL_PEOPLE, True, lx.PEOPLE),
@@ -204,7 +204,7 @@ def verbs() -> tuple[Verb, ...]:
         order = rng.sample(words, len(words))
         n_new = len(order) // (3 if harmful else 6)
         for i, word in enumerate(order):
-            split = None if i >= n_new else ("val" if i < n_new // 4 else "test")
+            split = None if i >= n_new else ("val" if i < n_new // 3 else "test")
             out.append(Verb(word, harmful, tuple(objects), i >= n_new, split))
     return tuple(out)
 
@@ -216,7 +216,7 @@ def object_split(verb: Verb) -> dict[str, list[str]]:
     """
     order = random.Random(f"{WORLD_SEED}/{verb.word}").sample(verb.objects, len(verb.objects))
     if not verb.seen:
-        return {str(verb.split): order[:5]}
+        return {str(verb.split): order[:8]}
     return {"chat": order[:8], "fit": order[8:12], "val": order[12:14], "test": order[14:]}
 
 
