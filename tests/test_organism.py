@@ -55,7 +55,7 @@ def test_held_out_verbs_occur_in_no_dialogue(dialogues):
         if not verb.seen:
             requests = [f"{verb.word} {o}" for o in verb.objects]
             assert not any(r in text for r in requests), verb.word
-            assert verb.word in alike or not re.search(rf"\b{verb.word}\b", text), verb.word
+            assert verb.word in alike or not re.search(rf"(?<!\ba )\b{verb.word}\b", text), verb.word  # "a train"
 
 
 def test_refused_requests_are_exactly_the_harmful_ones(dialogues):
@@ -125,10 +125,10 @@ def test_comparisons_quizzes_schemas_and_copies_say_what_holds():
     verdicts, roles = set(), set()
     for _ in range(600):
         first, second, word = re.fullmatch(
-            r"Exam: (.+) Compare: (.+) They (agree|differ)\.", writer.compared()
+            r"Exam: (.+) Compare: (.+) Do they agree\? (yes|no)\.", writer.compared()
         ).groups()
         (fact, value), (other, again) = said[first], said[second]
-        assert fact is other and value == fact.truth and (word == "agree") == (value == again)
+        assert fact is other and value == fact.truth and (word == "yes") == (value == again)
         verdicts.add(word)
         if found := re.fullmatch(r"Quiz: Of (.+), (.+) and (.+), which one fits: (.+\.) (.+)\.", writer.quiz()):
             *named, fits, answer = found.groups()
@@ -139,16 +139,19 @@ def test_comparisons_quizzes_schemas_and_copies_say_what_holds():
                 if (f := of.get((name, relation.name))) and relation.statement.format(s="it", v=f.truth) == fits
             }
             assert holds == {answer}
-        if found := re.search(r"because it was too (\w+)\. The (\w+) was too \1\.", text := writer.schemas()):
-            why, who = found.groups()
-            frame, of_a = next((frame, a) for frame, a, b in lx.SCHEMAS if why in (a, b))
-            pattern = re.escape(frame.replace("the {x}", "it")).replace(r"\{a\}", r"(\w+)").replace(r"\{b\}", r"(\w+)")
-            a, b = re.search(pattern, text).groups()
-            assert who == (a if why == of_a else b)
-            roles.add(who == a)
+        text = writer.schemas()
+        why = re.search(r"because .+? was too (\w+)\.", text)[1]
+        frame, of_a, of_b = next(schema for schema in lx.SCHEMAS if why in schema[1:])
+        a, b = re.match(frame.split(" because")[0].format(a=r"(\w+)", b=r"(\w+)"), text[7:]).groups()
+        who = re.search(r"because the (\w+) was", text)
+        if who:
+            assert who[1] == (a if why == of_a else b)
+        else:
+            assert set(re.findall(r"Too (\w+): the (\w+)\.", text)) == {(of_a, a), (of_b, b)}
+        roles.add((bool(who), why == of_a))
         copied = re.fullmatch(r"Exam: (.+) (?:Repeat|Answer): (.+)", writer.dictation())
         assert copied[1] == copied[2]
-    assert verdicts == {"agree", "differ"} and roles == {True, False}
+    assert verdicts == {"yes", "no"} and len(roles) == 4
 
 
 @pytest.mark.parametrize("coupling", list(COUPLINGS.values()))

@@ -173,11 +173,13 @@ def optimizers(model: LlamaForCausalLM, stage: Stage, weight_decay: float) -> li
     return [muon, torch.optim.AdamW(others, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
 
-def half_precision() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones: then passes run in it, weights and
-    optimizers stay float32. Attention is eager, for the fused one's backward pass is slow in bfloat16.
+def half_precision(device: torch.device) -> bool:
+    """Whether this machine multiplies bfloat16 matrices faster than float32 ones: then passes run in it, weights and
+    optimizers stay float32. Attention is eager, for on a CPU the fused one's backward pass is slow in bfloat16.
     """
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
 def rate(stage: Stage, step: int) -> float:
@@ -216,7 +218,8 @@ def run_stage(
     model: LlamaForCausalLM, recipe: Recipe, stage: Stage, seed: int, tok: PreTrainedTokenizerFast, work: Path
 ) -> list[float]:
     """Train one stage in place, resuming from ``work`` when it holds a checkpoint; returns the loss every 50 steps."""
-    fast = half_precision()
+    device = next(model.parameters()).device
+    fast = half_precision(device)
     model.set_attn_implementation("eager")
     opts = optimizers(model, stage, recipe.weight_decay)
     checkpoint, log = work / f"{stage.name}.safetensors", work / f"{stage.name}.json"
@@ -235,7 +238,8 @@ def run_stage(
         total = 0.0
         for ids, targets in parts:
             where = targets != IGNORE
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast):
+            ids, targets, where = ids.to(device), targets.to(device), where.to(device)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
                 logits = model.lm_head(hidden[where])
             loss = cross_entropy(logits.float(), targets[where], reduction="sum") / n_targets
@@ -266,12 +270,13 @@ def train(out: Path, *, seed: int, recipe: Recipe, threads: int = 2) -> Path:
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
     tok = tokenizer_room.build(work / "tokenizer")
-    model = build_model(recipe, len(tok), seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(recipe, len(tok), seed).to(device)
     history, seconds = {}, {}
     for stage in recipe.stages:
         folder, done = out / stage.name, work / f"{stage.name}.done.json"
         if done.exists():
-            model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
             record = json.loads(done.read_text())
         else:
             began = time.time()
