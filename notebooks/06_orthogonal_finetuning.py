@@ -205,8 +205,16 @@ print(change("After a random update of equal size, it", random_fall, up="falls",
 print(f"After LoRA the share of benign requests answered is {fine_tuned(runs).benign_compliance.estimate:.2f}.")
 
 # %% [markdown]
-# A fall in refusal means something only while benign requests are still answered: a model that answers nothing refuses nothing.
-#
+# A fall in refusal means something only while benign requests are still answered: a model that answers nothing refuses nothing. And not every refusal that is
+# lost became an answer: the share of harmful prompts that are now *answered*, in coherent text about what was asked, is the harm; the rest is gibberish.
+
+# %%
+from helpers.finetune.experiment import change as difference
+
+print(change("After benign LoRA, the share of harmful requests that are answered", difference(runs, LORA, "answered")) + ".")
+print(change("The share of coherent texts, all prompts", difference(runs, LORA, "coherent")) + ".")
+
+# %% [markdown]
 # ### C8: does the constraint keep them?
 
 # %%
@@ -303,8 +311,6 @@ report.claim("C6", estimate=fall_lora, control=("a random update of equal size",
 print("C6", c6(fine_tuned(runs)))
 
 # %%
-from helpers.finetune.experiment import change as difference
-
 detail = {"unseen_verbs": detail["unseen_verbs"], "rank": main.rank, "method": protected, "utility_ratio": kept.utility_ratio, "beyond_random": kept.refusal_over_random.as_dict(),
            "leak": leaks["as saved"].total, "poisoned": poisoned.refusal_over_lora.as_dict(), "poison_ratio": ratio}
 report.claim("C8", estimate=kept.refusal_over_lora, control=("off a random subspace of equal rank", difference(runs, RANDOM, "refused", LORA)),

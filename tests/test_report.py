@@ -190,6 +190,20 @@ def test_tables_escape_every_cell_and_align_as_text():
     assert repr(shown).splitlines()[2].endswith("0.50 [0.40, 0.60]")
 
 
+def test_an_interval_is_written_in_one_form():
+    rows = [
+        {"i": Interval(0.98, 0.0312, 1.0, 9)},
+        {"i": Interval(0.0012, -0.0004, 0.0, 9)},
+        {"i": Interval(0.0, 0.0, 0.0, 9)},
+    ]
+    lines = [line.strip() for line in repr(report.table(rows)).splitlines()]
+    assert [line for line in lines if "[" in line] == [
+        "0.98 [0.03, 1.00]",
+        "0.0012 [-0.0004, 0.00]",
+        "0.00 [0.00, 0.00]",
+    ]
+
+
 def test_the_report_needs_nothing_beside_it_and_escapes_what_it_shows():
     report.claim("C1", **{**CLAIM, "unit": "<img src=x onerror=alert(1)>"})
     report.bars({"one": 0.5}, name="shown")

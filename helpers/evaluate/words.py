@@ -11,11 +11,10 @@ from helpers.stats import Interval
 
 def change(what: str, interval: Interval, *, up: str = "rises", down: str = "falls") -> str:
     """'truthfulness rises by 0.31 [0.20, 0.42]'; where the interval holds zero: '… shows no clear change (…)'."""
-    size = f"{abs(interval.estimate):.2f} [{interval.low:.2f}, {interval.high:.2f}]"
     if interval.low > 0:
-        return f"{what} {up} by {size}"
+        return f"{what} {up} by {interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
     if interval.high < 0:
-        return f"{what} {down} by {size}"
+        return f"{what} {down} by {-interval.estimate:.2f} [{-interval.high:.2f}, {-interval.low:.2f}]"
     return f"{what} shows no clear change ({interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}])"
 
 

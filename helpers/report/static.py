@@ -1,6 +1,7 @@
 """The still picture of a figure: a small SVG with real text, the same bytes for the same numbers."""
 
 import io
+import textwrap
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +31,14 @@ def draw(drawing: "Drawing", colors: tuple[str, ...], salt: str) -> str:
         figure = Figure(figsize=(7.2, 4.0), layout="constrained")
         axes = figure.subplots()
         {"lines": _lines, "bars": _bars, "scatter": _scatter, "heatmap": _heatmap}[drawing.kind](axes, drawing)
-        axes.set(title=drawing.title, xlabel=drawing.x_title, ylabel=drawing.y_title)
+        axes.set(title=textwrap.fill(drawing.title, 84), xlabel=drawing.x_title, ylabel=drawing.y_title)
         if drawing.reference:
             value, words = drawing.reference
             axes.axhline(value, color="#555555", linestyle="--", linewidth=1, label=words or None)
         if drawing.y_range:
             axes.set_ylim(*drawing.y_range)
         if any(drawing.series) or (drawing.reference and drawing.reference[1]):
-            figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+            figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue().replace("font-family: 'DejaVu Sans'", "font-family: 'DejaVu Sans', Verdana, sans-serif")

@@ -47,7 +47,10 @@ def cell(value: Any) -> str:
     if value is None:
         return ""
     if all(hasattr(value, k) for k in ("estimate", "low", "high")):
-        return f"{cell(float(value.estimate))} [{cell(float(value.low))}, {cell(float(value.high))}]"
+        parts = [float(value.estimate), float(value.low), float(value.high)]
+        two = any(cell(part) == f"{part:.2f}" and part for part in parts)  # one form for all three
+        estimate, low, high = (f"{part:.2f}" if two else cell(part) for part in parts)
+        return f"{estimate} [{low}, {high}]"
     if isinstance(value, float):
         return f"{value:.2f}" if 0.1 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
     return str(value)
