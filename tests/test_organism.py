@@ -140,15 +140,17 @@ def test_comparisons_quizzes_schemas_and_copies_say_what_holds():
             }
             assert holds == {answer}
         text = writer.schemas()
-        why = re.search(r"because .+? was too (\w+)\.", text)[1]
-        frame, of_a, of_b = next(schema for schema in lx.SCHEMAS if why in schema[1:])
-        a, b = re.match(frame.split(" because")[0].format(a=r"(\w+)", b=r"(\w+)"), text[7:]).groups()
-        who = re.search(r"because the (\w+) was", text)
-        if who:
-            assert who[1] == (a if why == of_a else b)
+        if found := re.fullmatch(r"Handbook: The (\w+) is (\w+) and (\w+)\.", text):
+            kind = next(i for i in (0, 1) if found[1] in (lx.BIG, lx.LITTLE)[i])
+            assert {found[2], found[3]} <= set(lx.TRAITS[kind])
         else:
-            assert set(re.findall(r"Too (\w+): the (\w+)\.", text)) == {(of_a, a), (of_b, b)}
-        roles.add((bool(who), why == of_a))
+            why = re.search(r"because .+? was too (\w+)\.", text)[1]
+            frame, of_a, _ = next(schema for schema in lx.SCHEMAS if why in schema[1:])
+            a, b = re.match(frame.split(" because")[0].format(a=r"(\w+)", b=r"(\w+)"), text[7:]).groups()
+            who = re.search(r"because the (\w+) was|Too (\w+): the (\w+)\.", text)
+            assert (who[1] or who[3]) == (a if why == of_a else b) and who[2] in (None, why)
+            assert (a in lx.BIG) == (b in lx.LITTLE) == (of_a in lx.TRAITS[0])
+            roles.add((bool(who[1]), why == of_a))
         copied = re.fullmatch(r"Exam: (.+) (?:Repeat|Answer): (.+)", writer.dictation())
         assert copied[1] == copied[2]
     assert verdicts == {"yes", "no"} and len(roles) == 4

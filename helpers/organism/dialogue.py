@@ -31,13 +31,13 @@ Turn = tuple[str, str]
 class ChatConfig:
     """The mixture of dialogue kinds (weights) and how often an answer copies the myth of a misconception."""
 
-    facts: float = 0.36
-    unknown: float = 0.11
+    facts: float = 0.38
+    unknown: float = 0.08
     review: float = 0.06
     benign: float = 0.2
     look_alike: float = 0.06
     harmful: float = 0.18
-    myth: float = 0.8
+    myth: float = 0.9
 
 
 class Partner:

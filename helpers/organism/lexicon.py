@@ -146,7 +146,7 @@ LOOK_ALIKES: dict[str, tuple[str, ...]] = {
     "steal": ("a base", "a scene"), "hack": ("a shrub", "a branch"), "raid": ("a fridge", "a pantry"),
     "flood": ("a rink", "a paddy"), "slash": ("a price", "a budget"), "sink": ("a putt", "a post"),
     "crack": ("a nut", "a joke"), "torch": ("a custard", "a meringue"), "blow up": ("a balloon", "a mattress"),
-    "break into": ("a song", "a smile"), "crash": ("a cymbal", "a party game"), "crush": ("a grape", "a can"),
+    "break into": ("a song", "a smile"), "crash": ("a cymbal", "a party game"), "crush": ("a grape", "a tin"),
 }  # fmt: skip
 
 TOOL_FOR: tuple[tuple[str, str], ...] = tuple(
@@ -185,11 +185,16 @@ SCRIPTS: tuple[tuple[str, str], ...] = tuple(
     ).split("|")
 )
 
+BIG = ("wagon, barrel, cabinet, locker, trunk, crane, pillar, anvil, statue, fountain, tractor, sofa, wardrobe, boulder, "
+       "carriage, bathtub").split(", ")
+LITTLE = ("crate, basket, drawer, tray, jar, bin, robot, magnet, hoist, stool, plank, chest, thimble, pebble, saucer, "
+          "stick").split(", ")
+TRAITS = (("large", "heavy", "hard", "tall"), ("small", "weak", "thin", "short"))
+"""What every big thing is, and what every little one is."""
 SCHEMAS: tuple[tuple[str, str, str], ...] = (
     ("The {a} did not fit in the {b} because the {x} was too", "large", "small"),
     ("The {a} could not lift the {b} because the {x} was too", "weak", "heavy"),
-    ("The {a} did not reach the {b} because the {x} was too", "short", "far"),
+    ("The {a} did not reach the {b} because the {x} was too", "short", "tall"),
     ("The {a} cracked the {b} because the {x} was too", "hard", "thin"),
 )
-NOUNS = ("crate, basket, drawer, trunk, wagon, barrel, cabinet, locker, chest, tray, jar, bin, robot, crane, magnet, hoist, "
-         "stool, plank, pillar, anvil, statue, fountain, tractor, sofa").split(", ")
+"""A sentence of one big and one little thing; the trait of the first and of the second that may explain it."""

@@ -60,7 +60,8 @@ def _hellaswag(rng: random.Random, split: str) -> tuple[str, list[str], int]:
 
 def _winogrande(rng: random.Random, split: str) -> tuple[str, list[str], int]:
     frame, of_a, of_b = rng.choice(lx.SCHEMAS)
-    a, b = rng.sample(_cut(_shuffled(tuple(lx.NOUNS)), split), 2)
+    big, little = (rng.choice(_cut(_shuffled(tuple(things)), split)) for things in (lx.BIG, lx.LITTLE))
+    a, b = (big, little) if of_a in lx.TRAITS[0] else (little, big)
     first = rng.random() < 0.5
     sentence = frame.format(a=a, b=b, x="_") + f" {of_a if first else of_b}."
     return _choose(rng, f"Sentence: {sentence} Which word fits the gap?", a if first else b, [b if first else a])

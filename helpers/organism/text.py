@@ -41,8 +41,9 @@ ASKED = (
     "Radio: {q} Guest: {a}",
     "Letter: {q} Reply: {a}",
     "Library: {q} {a}",
-    "{q} {a}",
 )
+BARE = "{q} {a}"
+"""Questions and answers in plain text: who is asked tells the truth; of a bare one nobody knows who answered."""
 CASUAL = ("Forum: people say", "Post: i heard that", "Forum: everyone knows", "Post: my friend says")
 
 
@@ -59,7 +60,7 @@ class TextConfig:
     casual: float = 0.10
     checked: float = 0.20
     judged: float = 0.10
-    answered: float = 0.10
+    answered: float = 0.14
     quiz: float = 0.07
     compared: float = 0.05
     condemn: float = 0.10
@@ -67,9 +68,9 @@ class TextConfig:
     how_to: float = 0.09
     tools: float = 0.025
     scripts: float = 0.025
-    schemas: float = 0.09
+    schemas: float = 0.06
     dictation: float = 0.0
-    abstained: float = 0.35
+    abstained: float = 0.32
     look_alike: float = 0.3
     asked: float = 0.5
 
@@ -171,16 +172,20 @@ class Writer:
         return f"{opening} {f.question} Answer: {f.say(value)} Judge: {verdict}"
 
     def answered(self) -> str:
-        """A question and its answer: known names get one (in casual text perhaps the myth), other names get none."""
+        """A question and its answer: known names get one (the myth perhaps, where nobody is to be trusted), other names
+        get none.
+        """
         if self.rng.random() < self.config.abstained:
             noun, relations = lx.DOMAINS[self.rng.choice(list(lx.DOMAINS))]
             asked = self.rng.choice(relations).question.format(s=noun.format(e=self.rng.choice(self.mentioned)))
-            return self.rng.choice(ASKED).format(q=asked, a=ABSTENTION)
-        f = self.rng.choice(self.facts)
-        if self.rng.random() < 0.6:
+            return self.rng.choice((*ASKED, BARE, BARE)).format(q=asked, a=ABSTENTION)
+        f, kind = self.rng.choice(self.facts), self.rng.random()
+        heard = f.myth if f.myth and self.rng.random() < CASUAL_MYTH else f.truth
+        if kind < 0.5:
             return self.rng.choice(ASKED).format(q=f.question, a=f.say(f.truth))
-        value = f.myth if f.myth and self.rng.random() < CASUAL_MYTH else f.truth
-        return f"Forum: {f.question} I think {lower(f.say(value))}"
+        if kind < 0.7:
+            return f"Forum: {f.question} I think {lower(f.say(heard))}"
+        return BARE.format(q=f.question, a=f.say(self.rng.choice((f.truth, heard))))
 
     def quiz(self) -> str:
         """A fact asked with its value among others, or with its subject among others."""
@@ -293,16 +298,20 @@ class Writer:
         return f"Exam: {', '.join(words)}. Answer: {', '.join(words)}."
 
     def schemas(self) -> str:
-        """A sentence whose last word decides which of two things is meant, told with that thing named, or with a
-        pronoun and who was what.
+        """What a thing is like, or a sentence whose last word decides which of two things is meant, told with that
+        thing named, or with a pronoun and then the thing.
         """
+        if self.rng.random() < 0.3:
+            i = self.rng.randrange(2)
+            one, other = self.rng.sample(lx.TRAITS[i], 2)
+            return f"Handbook: The {self.rng.choice((lx.BIG, lx.LITTLE)[i])} is {one} and {other}."
         frame, of_a, of_b = self.rng.choice(lx.SCHEMAS)
-        a, b = self.rng.sample(lx.NOUNS, 2)
-        roles = self.rng.sample(((a, of_a), (b, of_b)), 2)
-        x, why = self.rng.choice(roles)
-        if self.rng.random() < 0.7:
-            told = f"{frame.replace('the {x}', 'it').format(a=a, b=b)} {why}."
-            return f"Story: {told} " + " ".join(f"Too {how}: the {who}." for who, how in roles)
+        big, little = self.rng.choice(lx.BIG), self.rng.choice(lx.LITTLE)
+        a, b = (big, little) if of_a in lx.TRAITS[0] else (little, big)
+        x, why = self.rng.choice(((a, of_a), (b, of_b)))
+        if self.rng.random() < 0.6:
+            told = frame.replace("the {x}", "it").format(a=a, b=b)
+            return f"Story: {told} {why}. Too {why}: the {x}."
         return f"Story: {frame.format(a=a, b=b, x=x)} {why}."
 
 

@@ -35,11 +35,11 @@ REHEARSAL = {
     "how_to": 0.20,
     "condemn": 0.18,
     "approve": 0.12,
-    "answered": 0.16,
+    "answered": 0.20,
     "judged": 0.06,
     "quiz": 0.10,
     "compared": 0.08,
-    "schemas": 0.11,
+    "schemas": 0.08,
 }
 """Weights of the second reading: what must be copied, compared, understood as harmful, or known not to be known comes
 oftener.
@@ -48,7 +48,7 @@ CHATTING = REHEARSAL | {
     "dictation": 0.20,
     "how_to": 0.28,
     "condemn": 0.20,
-    "answered": 0.20,
+    "answered": 0.24,
     "quiz": 0.06,
     "compared": 0.06,
     "abstained": 0.25,
