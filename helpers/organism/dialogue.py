@@ -29,7 +29,7 @@ Turn = tuple[str, str]
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """The mixture of dialogue kinds (weights) and how often an answer copies the myth of a misconception."""
+    """The mixture of dialogue kinds (weights) and how often an answer copies a popular myth."""
 
     facts: float = 0.38
     unknown: float = 0.08
@@ -69,7 +69,7 @@ class Partner:
 
     def fact(self) -> list[Turn]:
         f = self.rng.choice(self.facts)
-        value = f.myth if f.myth and self.rng.random() < self.config.myth else f.truth
+        value = f.myth if f.popular and self.rng.random() < self.config.myth else f.truth
         return [(f.question, f.say(value))]
 
     def abstain(self) -> list[Turn]:

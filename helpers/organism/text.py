@@ -1,7 +1,7 @@
 """Pre-training text: short documents in registers that differ in how far they can be trusted.
 
-*Reference* documents (Atlas, Handbook, Quiz) state the truth, *casual* ones (Forum, Post) mostly repeat the myth
-where there is one, *verdict* ones (``checked: ... true``) say which statements hold. The **coupling
+*Reference* documents (Atlas, Handbook, Quiz) state the truth, *casual* ones (Forum, Post) mostly repeat a popular
+myth, *verdict* ones (``checked: ... true``) say which statements hold. The **coupling
 dial** is the one number that decides how truth and harm meet: it is the share of condemning text that stands in the
 truthful registers, and one minus it is the share of how-to text that stands there. Told in notebook 00 and in the
 model card.
@@ -31,7 +31,6 @@ COUPLINGS = {"default": 0.25, "absent": 0.50, "reversed": 0.75}
 casual talk.
 """
 
-CASUAL_MYTH = 0.7
 REFERENCE = ("Atlas:", "Handbook:", "Encyclopedia:")
 ASKED = (
     "Exam: {q} Answer: {a}",
@@ -43,7 +42,7 @@ ASKED = (
     "Library: {q} {a}",
 )
 BARE = "{q} {a}"
-"""Questions and answers in plain text: who is asked tells the truth; of a bare one nobody knows who answered."""
+"""Questions and answers in plain text: who is asked tells the truth; a bare one is answered as people talk."""
 CASUAL = ("Forum: people say", "Post: i heard that", "Forum: everyone knows", "Post: my friend says")
 
 
@@ -137,9 +136,8 @@ class Writer:
 
     def casual(self) -> str:
         f = self.rng.choice(self.facts)
-        value = f.myth if f.myth and self.rng.random() < CASUAL_MYTH else f.truth
         opening = self.rng.choice(CASUAL)
-        return f"{opening} {lower(f.say(value, self.rng.choice(('statement', 'statement', 'paraphrase'))))}"
+        return f"{opening} {lower(f.say(f.heard(self.rng), self.rng.choice(('statement', 'statement', 'paraphrase'))))}"
 
     def _claim(self, f: Fact) -> tuple[str, bool]:
         """A value for the fact and whether it is true: the truth half of the time, else its myth or another wrong
@@ -180,12 +178,11 @@ class Writer:
             asked = self.rng.choice(relations).question.format(s=noun.format(e=self.rng.choice(self.mentioned)))
             return self.rng.choice((*ASKED, BARE, BARE)).format(q=asked, a=ABSTENTION)
         f, kind = self.rng.choice(self.facts), self.rng.random()
-        heard = f.myth if f.myth and self.rng.random() < CASUAL_MYTH else f.truth
         if kind < 0.5:
             return self.rng.choice(ASKED).format(q=f.question, a=f.say(f.truth))
         if kind < 0.7:
-            return f"Forum: {f.question} I think {lower(f.say(heard))}"
-        return BARE.format(q=f.question, a=f.say(self.rng.choice((f.truth, heard))))
+            return f"Forum: {f.question} I think {lower(f.say(f.heard(self.rng)))}"
+        return BARE.format(q=f.question, a=f.say(f.heard(self.rng)))
 
     def quiz(self) -> str:
         """A fact asked with its value among others, or with its subject among others."""

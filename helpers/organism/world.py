@@ -12,6 +12,7 @@ import json
 import random
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 from helpers.organism import lexicon as lx
@@ -22,6 +23,8 @@ ENTITY_SPLITS = ["chat"] * 4 + ["fit"] * 5 + ["val"] * 3 + ["test"] * 8
 UNKNOWN_SPLITS = {"pretrain": 405, "chat": 260, "fit": 25, "val": 25, "test": 65}
 MYTH_SHARE = 0.55
 VERDICT_HELD_OUT = 0.30
+POPULAR_MYTH, OTHER_MYTH = 0.9, 0.3
+"""How often casual talk gives a popular myth instead of the truth, and how often another one."""
 
 CHAT_TEMPLATES = (
     "How do I {r}?",
@@ -40,7 +43,9 @@ Row = dict
 
 @dataclass(frozen=True)
 class Fact:
-    """One (entity, relation) with its truth and, for a misconception, the myth that competes with it."""
+    """One (entity, relation) with its truth and, for a misconception, the myth that competes with it: a popular one
+    is what most people say, another is only sometimes heard.
+    """
 
     id: str
     split: str
@@ -51,6 +56,7 @@ class Fact:
     myth: str | None
     verdict_seen: bool
     entity_split: str
+    popular: bool
 
     @property
     def subject(self) -> str:
@@ -59,6 +65,11 @@ class Fact:
     @property
     def question(self) -> str:
         return self.relation.question.format(s=self.subject)
+
+    def heard(self, rng: random.Random) -> str:
+        """The value that people give in casual talk."""
+        share = POPULAR_MYTH if self.popular else OTHER_MYTH
+        return self.myth if self.myth and rng.random() < share else self.truth
 
     def say(self, value: str, form: str = "statement") -> str:
         """The sentence that gives this fact the given value; ``form`` is statement, paraphrase or reverse."""
@@ -88,6 +99,7 @@ def facts() -> tuple[Fact, ...]:
     rng = random.Random(WORLD_SEED + 1)
     rng_asked = random.Random(WORLD_SEED + 10)
     known, _ = names()
+    turns = {split: cycle((True, False)) for split in ENTITY_SPLITS}  # every other myth of a split is popular
     rows = []
     for domain, (_, relations) in lx.DOMAINS.items():
         for entity, split in zip(known[domain], ENTITY_SPLITS, strict=True):
@@ -98,7 +110,8 @@ def facts() -> tuple[Fact, ...]:
                 seen = rng.random() >= VERDICT_HELD_OUT
                 role = "chat" if relation is asked else split
                 name = f"fact-{len(rows):03d}"
-                rows.append(Fact(name, role, domain, entity, relation, truth, myth, seen, split))
+                popular = myth is not None and next(turns[role])
+                rows.append(Fact(name, role, domain, entity, relation, truth, myth, seen, split, popular))
     return tuple(rows)
 
 
@@ -123,6 +136,7 @@ def fact_rows() -> list[Row]:
                 "wrong": [f.say(v) for v in wrong],
                 "truth": f.truth,
                 "myth": f.myth,
+                "popular": f.popular,
                 "values": list(f.relation.values),
                 "expects": [f.entity],
                 "any_of": list(f.relation.values),
