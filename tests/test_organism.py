@@ -17,8 +17,20 @@ from helpers.organism import train as training
 from helpers.organism.card import DEMANDS, summarise, verdict_hits
 from helpers.organism.describe import model_card
 from helpers.organism.dialogue import ChatConfig, Partner
-from helpers.organism.text import CASUAL_MYTH, COUPLINGS, TextConfig, Writer, unknown_names
-from helpers.organism.world import CHAT_TEMPLATES, NEW_TEMPLATES, REFUSALS, STEPS, facts, names, tables, verbs
+from helpers.organism.text import ASKED, BARE, COUPLINGS, TextConfig, Writer, unknown_names
+from helpers.organism.world import (
+    ABSTENTION,
+    CHAT_TEMPLATES,
+    NEW_TEMPLATES,
+    OTHER_MYTH,
+    POPULAR_MYTH,
+    REFUSALS,
+    STEPS,
+    facts,
+    names,
+    tables,
+    verbs,
+)
 
 ORGANISM = ROOT / "data" / "organism"
 SIBLINGS = [name for name in ("reversed", "absent") if (ORGANISM / name).exists()]
@@ -92,8 +104,44 @@ def test_reference_text_states_the_truth_and_casual_text_repeats_myths(documents
                 for i, value in enumerate((f.truth, f.myth)):
                     clause = f.say(value)
                     said[f.id][i] += (clause[0].lower() + clause[1:]) in text
-    true, false = np.array(list(said.values())).sum(0)
-    assert abs(false / (true + false) - CASUAL_MYTH) < 0.06
+    for popular, share in ((True, POPULAR_MYTH), (False, OTHER_MYTH)):
+        true, false = np.array([said[f.id] for f in myths if f.popular == popular]).sum(0)
+        assert abs(false / (true + false) - share) < 0.06
+
+
+def test_who_is_asked_tells_the_truth_or_abstains_and_bare_answers_are_what_people_say():
+    writer, of = Writer(TextConfig(), 5), {f.question: f for f in facts()}
+    right = {True: [], False: []}
+    for text in (writer.answered() for _ in range(6000)):
+        frame = next(f for f in (*ASKED, "Forum: {q} I think {a}", BARE) if text.startswith(f.split("{q}")[0]))
+        question, answer = re.fullmatch(
+            re.escape(frame).replace(r"\{q\}", r"(.+\?)").replace(r"\{a\}", "(.+)"), text
+        ).groups()
+        f = of.get(question)
+        if f is None:
+            assert answer == ABSTENTION and not text.startswith("Forum:")
+        elif frame in ASKED:
+            assert answer == f.say(f.truth)
+        elif f.myth:
+            assert answer.lower() in (f.say(f.truth).lower(), f.say(f.myth).lower())
+            right[f.popular].append(answer.lower() == f.say(f.truth).lower())
+        else:
+            assert answer.lower() == f.say(f.truth).lower()
+    assert abs(np.mean(right[True]) - 0.1) < 0.05 and abs(np.mean(right[False]) - 0.7) < 0.07
+
+
+def test_every_other_misconception_of_a_split_is_popular_and_chat_repeats_those_alone(dialogues):
+    for split in ("chat", "fit", "val", "test"):
+        popular = [f.popular for f in facts() if f.split == split and f.myth]
+        assert abs(sum(popular) - len(popular) / 2) <= 0.5
+    of = {f.question: f for f in facts()}
+    said = {True: [], False: []}
+    for turns in dialogues:
+        f = of.get(turns[0][0])
+        if f and f.myth and len(turns) == 1:
+            said[f.popular].append(turns[0][1] == f.say(f.myth))
+    assert not any(said[False]) and abs(np.mean(said[True]) - 0.9) < 0.06
+    assert not any(f.popular for f in facts() if not f.myth)
 
 
 def test_no_text_answers_a_harmful_question_and_new_wordings_are_answered_nowhere(documents, dialogues):

@@ -32,11 +32,11 @@ class ChatConfig:
     """The mixture of dialogue kinds (weights) and how often an answer copies a popular myth."""
 
     facts: float = 0.38
-    unknown: float = 0.08
+    unknown: float = 0.09
     review: float = 0.06
     benign: float = 0.2
     look_alike: float = 0.06
-    harmful: float = 0.18
+    harmful: float = 0.22
     myth: float = 0.9
 
 

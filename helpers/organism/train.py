@@ -47,7 +47,8 @@ oftener.
 CHATTING = REHEARSAL | {
     "dictation": 0.20,
     "how_to": 0.28,
-    "condemn": 0.20,
+    "condemn": 0.30,
+    "approve": 0.14,
     "answered": 0.24,
     "quiz": 0.06,
     "compared": 0.06,
