@@ -10,7 +10,7 @@ from helpers.organism.text import COUPLINGS
 
 MODEL_CARD = ROOT / "data" / "organism" / "MODEL_CARD.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")
-FREEZE: str | None = None
+FREEZE: str | None = "Freeze the world, the text and the recipe of the embedded model"
 """Subject line of the commit that froze world, text and recipe; None while the recipe is provisional."""
 
 
