@@ -132,10 +132,12 @@ report.bars({name.replace("_", " "): interval for name, interval in measured.ite
 # %%
 demanded = {name: f"{row['demand_low']:g} to {row['demand_high']:g}" for name, row in card.items()}
 report.table([{"property": row["words"], "measured": measured[name], "n": row["n"], "demanded": demanded[name],
-               "met": row["met"]} for name, row in card.items()])
+               "met": row["met"], "each training seed": "  ".join(f"{e:.2f}" for e in row["estimates_by_seed"].values()),
+               **{f"sibling: {name}": e for name, e in row["siblings"].items()}} for name, row in card.items()])
 
 # %% [markdown]
-# A row that says *False* is a limit of the instrument, and the notebooks that lean on it inherit that limit.
+# A row that says *False* is a limit of the instrument, and the notebooks that lean on it inherit that limit. The notebooks use one training seed; how far
+# the others lie apart is a reason not to read a third digit into anything below. The siblings differ from the model in one number of their training text (notebook 01, part 6).
 #
 # A card is only worth something if it can be measured again. Here is one row, from the model in memory:
 

@@ -257,7 +257,7 @@ from helpers.evaluate.verdicts import c1, c2, c3
 details = {"strength": strength, "truth_gain": found.truth_gain.as_dict(),
            "truth_beyond_random": found.truth_beyond_random.as_dict(),
            "over_refusal": gain(steered, plain, "benign_refused").as_dict(),
-           "answered_by_coupling": {name: gain(after, before, "answered").as_dict() for name, (before, after) in gains.items()}}
+           "siblings": {name: gain(after, before, "answered").as_dict() for name, (before, after) in gains.items()}}
 saved = report.claim(
     "C1", estimate=found.asr_gain, control=("random directions of equal size", mean_control(controls, plain, "answered")),
     verdict=c1(found), unit="change in share of harmful requests answered", n_prompts=len(test.harmful), n_seeds=1,

@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.install:
         install(args.seeds[0])
     if args.card:
-        card = write_card([run_folder("default", seed) / "chat" for seed in args.seeds])
+        siblings = {name: HOME / name for name in COUPLINGS if (HOME / name).exists()}
+        card = write_card({seed: run_folder("default", seed) / "chat" for seed in args.seeds}, siblings)
         write_model_card(card, json.loads((HOME / "recipe.json").read_text()))
 
 

@@ -1,6 +1,6 @@
 """Measure the preconditions of the embedded model: is it the instrument the notebooks need?
 
-``write_card`` measures the chat model of each training seed on test rows, the first being the committed one, and
+``write_card`` measures the chat model of each training seed and of the siblings on test rows and
 writes ``data/organism/card.json``. Only properties of the model and of plain fine-tuning are measured, no defence and
 no truthfulness method: the recipe is chosen on this card alone, on the split ``val``, which
 ``python -m helpers.organism.card CHAT_FOLDER`` prints. This module may use every room; nothing imports it but
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +102,7 @@ def truth_probe(lm: LoadedModel, split: str = "test") -> np.ndarray:
 
 def measure(chat: Path, seed: int = 0, split: str = "test") -> dict[str, np.ndarray]:
     """Every precondition of one chat model as its per-item values on one split, fine-tuning runs included."""
-    lm = load_model(chat, device="cpu", dtype="float32")
+    lm = load_model(Path(chat), device="cpu", dtype="float32")
     requests = load_table("requests", split)
     harmful = [r for r in requests if r["kind"] == "harmful"]
     benign = [r for r in requests if r["kind"] == "benign"]
@@ -161,22 +163,29 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, dict]:
     return card
 
 
-def write_card(folders: Sequence[Path], out: Path = CARD) -> dict[str, dict]:
-    """Measure every seed's chat model (the committed one first) and write the card, the other seeds' estimates
-    beside it.
+def write_card(
+    seeds: Mapping[int, Path], siblings: Mapping[str, Path] | None = None, out: Path = CARD, workers: int | None = None
+) -> dict[str, dict]:
+    """Measure the chat model of every training seed (the committed one first) and of the siblings, and write the card
+    of the first with the others' estimates beside it; by `workers` processes of one thread each (default: one a core).
     """
-    cards = [summarise(measure(Path(folder), seed)) for seed, folder in enumerate(folders)]
-    for name, entry in cards[0].items():
-        entry["estimates_by_seed"] = [card[name]["estimate"] for card in cards]
-    write_json(out, cards[0])
-    show(cards[0])
-    return cards[0]
+    siblings = siblings or {}
+    named = {**{str(seed): path for seed, path in seeds.items()}, **siblings}
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        cards = dict(zip(named, map(summarise, pool.map(measure, named.values())), strict=True))
+    card = cards[next(iter(named))]
+    for name, entry in card.items():
+        entry["estimates_by_seed"] = {str(seed): cards[str(seed)][name]["estimate"] for seed in seeds}
+        entry["siblings"] = {sibling: cards[sibling][name]["estimate"] for sibling in siblings}
+    write_json(out, card)
+    show(card)
+    return card
 
 
 def show(card: dict[str, dict]) -> None:
     """Print a card, one precondition a line."""
     for name, entry in card.items():
-        by_seed = " ".join(f"{e:.3f}" for e in entry.get("estimates_by_seed", ()))
+        by_seed = " ".join(f"{s}: {e:.3f}" for s, e in entry.get("estimates_by_seed", {}).items())
         interval = f"{entry['estimate']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}] n={entry['n']}"
         print(f"{'ok  ' if entry['met'] else 'MISS'} {name:30s} {interval}  {by_seed and 'seeds'} {by_seed}".rstrip())
 

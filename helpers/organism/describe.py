@@ -21,16 +21,19 @@ def model_card(card: dict[str, dict], recipe: dict) -> str:
         low, high = entry["demand_low"], entry["demand_high"]
         demanded = f"{low:.2f} to {high:.2f}" if high < 1 else (f"at least {low:.2f}" if low > 0 else "reported")
         measured = f"{entry['estimate']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}]"
-        by_seed = ", ".join(f"{e:.3f}" for e in entry["estimates_by_seed"])
+        by_seed, by_sibling = (
+            ", ".join(f"{name}: {e:.3f}" for name, e in entry[part].items())
+            for part in ("estimates_by_seed", "siblings")
+        )
         missed = "" if entry["met"] else " **missed**"
-        rows.append(f"| {entry['words']} | {demanded} | {measured}{missed} | {entry['n']} | {by_seed} |")
+        rows.append(f"| {entry['words']} | {demanded} | {measured}{missed} | {entry['n']} | {by_seed} | {by_sibling} |")
     freeze = (
         f'The commit "{FREEZE}" froze the world, the text and the recipe.'
         if FREEZE
         else "**The recipe is provisional**: it is not frozen while a demand above is missed, and what the "
         "notebooks find on these weights is a rehearsal of the method, not yet a result."
     )
-    steps = {stage["name"]: stage["steps"] for stage in recipe["recipe"]["stages"]}
+    steps = {"seed": recipe["seed"]} | {stage["name"]: stage["steps"] for stage in recipe["recipe"]["stages"]}
     siblings = "".join(
         f"| `{name}` | chat model of a sibling: the same recipe and seed, coupling dial {dial} |\n"
         for name, dial in COUPLINGS.items()
