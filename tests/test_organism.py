@@ -333,10 +333,11 @@ def test_the_card_is_complete_and_says_which_demands_are_met():
 
 
 def test_the_card_belongs_to_the_committed_weights():
-    card = json.loads((ORGANISM / "card.json").read_text())
-    lm = load_model(ORGANISM / "chat", device="cpu", dtype="float32")
-    hits = verdict_hits(lm, [v for v in load_table("verdicts", "test") if v["misconception"]])
-    assert hits.mean() == pytest.approx(card["verdicts_on_misconceptions"]["estimate"], abs=0.02)
+    entry = json.loads((ORGANISM / "card.json").read_text())["verdicts_on_misconceptions"]
+    for name, said in {"chat": entry["estimate"], **entry["siblings"]}.items():
+        lm = load_model(ORGANISM / name, device="cpu", dtype="float32")
+        hits = verdict_hits(lm, [v for v in load_table("verdicts", "test") if v["misconception"]])
+        assert hits.mean() == pytest.approx(said, abs=0.02), name
 
 
 def test_the_truth_probe_is_chosen_on_fit_rows_and_scored_on_the_rows_of_its_split(monkeypatch):

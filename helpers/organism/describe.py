@@ -10,8 +10,8 @@ from helpers.organism.text import COUPLINGS
 
 MODEL_CARD = ROOT / "data" / "organism" / "MODEL_CARD.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")
-FREEZE: str | None = "Freeze the world, the text and the recipe of the embedded model"
-"""Subject line of the commit that froze world, text and recipe; None while the recipe is provisional."""
+FREEZE = "Freeze the world, the text and the recipe of the embedded model"
+"""Subject line of the commit that froze world, text and recipe."""
 
 
 def model_card(card: dict[str, dict], recipe: dict) -> str:
@@ -27,19 +27,13 @@ def model_card(card: dict[str, dict], recipe: dict) -> str:
         )
         missed = "" if entry["met"] else " **missed**"
         rows.append(f"| {entry['words']} | {demanded} | {measured}{missed} | {entry['n']} | {by_seed} | {by_sibling} |")
-    freeze = (
-        f'The commit "{FREEZE}" froze the world, the text and the recipe.'
-        if FREEZE
-        else "**The recipe is provisional**: it is not frozen while a demand above is missed, and what the "
-        "notebooks find on these weights is a rehearsal of the method, not yet a result."
-    )
     steps = {"seed": recipe["seed"]} | {stage["name"]: stage["steps"] for stage in recipe["recipe"]["stages"]}
     siblings = "".join(
         f"| `{name}` | chat model of a sibling: the same recipe and seed, coupling dial {dial} |\n"
         for name, dial in COUPLINGS.items()
         if (MODEL_CARD.parent / name).exists()
     )
-    fields = recipe["recipe"] | steps | COUPLINGS | {"rows": "\n".join(rows), "freeze": freeze, "siblings": siblings}
+    fields = recipe["recipe"] | steps | COUPLINGS | {"rows": "\n".join(rows), "freeze": FREEZE, "siblings": siblings}
     return TEMPLATE.read_text(encoding="utf-8").format(minutes=sum(recipe["seconds"].values()) / 60, **fields)
 
 
