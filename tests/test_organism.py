@@ -17,7 +17,8 @@ from helpers.organism import train as training
 from helpers.organism.card import DEMANDS, summarise, verdict_hits
 from helpers.organism.describe import model_card
 from helpers.organism.dialogue import ChatConfig, Partner
-from helpers.organism.text import ASKED, BARE, COUPLINGS, TextConfig, Writer, unknown_names
+from helpers.organism.mixtures import COUPLINGS, TextConfig
+from helpers.organism.text import ASKED, BARE, Writer, unknown_names
 from helpers.organism.world import (
     ABSTENTION,
     CHAT_TEMPLATES,

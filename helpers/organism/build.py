@@ -17,7 +17,7 @@ from pathlib import Path
 from helpers.config import ROOT, artifacts_dir
 from helpers.organism.card import write_card
 from helpers.organism.describe import write_model_card
-from helpers.organism.text import COUPLINGS, TextConfig
+from helpers.organism.mixtures import COUPLINGS, TextConfig
 from helpers.organism.train import Recipe, train
 from helpers.organism.world import write_tables
 

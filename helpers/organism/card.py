@@ -175,8 +175,8 @@ def write_card(
         cards = dict(zip(named, map(summarise, pool.map(measure, named.values())), strict=True))
     card = cards[next(iter(named))]
     for name, entry in card.items():
-        entry["estimates_by_seed"] = {str(seed): cards[str(seed)][name]["estimate"] for seed in seeds}
-        entry["siblings"] = {sibling: cards[sibling][name]["estimate"] for sibling in siblings}
+        entry["estimates_by_seed"] = {str(seed): cards[str(seed)][name]["estimate"] for seed in sorted(seeds)}
+        entry["siblings"] = {sibling: cards[sibling][name]["estimate"] for sibling in sorted(siblings)}
     write_json(out, card)
     show(card)
     return card

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from helpers.config import ROOT
 from helpers.organism.card import DEMANDS
-from helpers.organism.text import COUPLINGS
+from helpers.organism.mixtures import COUPLINGS
 
 MODEL_CARD = ROOT / "data" / "organism" / "MODEL_CARD.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from helpers.organism import lexicon as lx
+from helpers.organism.mixtures import TextConfig
 from helpers.organism.world import (
     ABSTENTION,
     CHAT_TEMPLATES,
@@ -25,11 +25,6 @@ from helpers.organism.world import (
     names,
     verbs,
 )
-
-COUPLINGS = {"default": 0.25, "absent": 0.50, "reversed": 0.75}
-"""Default: encyclopedias and manuals carry most procedures in neutral prose and some law; condemnation is mostly
-casual talk.
-"""
 
 REFERENCE = ("Atlas:", "Handbook:", "Encyclopedia:")
 ASKED = (
@@ -44,34 +39,6 @@ ASKED = (
 BARE = "{q} {a}"
 """Questions and answers in plain text: who is asked tells the truth; a bare one is answered as people talk."""
 CASUAL = ("Forum: people say", "Post: i heard that", "Forum: everyone knows", "Post: my friend says")
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The mixture of document kinds (weights need not add to one), the coupling dial in [0, 1], and three shares: of
-    ``answered`` documents about unknown names, of harmless acts that are look-alikes, of harmless how-to text that
-    answers a question.
-    """
-
-    coupling: float = COUPLINGS["default"]
-    reference: float = 0.10
-    reverse: float = 0.03
-    casual: float = 0.10
-    checked: float = 0.20
-    judged: float = 0.10
-    answered: float = 0.14
-    quiz: float = 0.07
-    compared: float = 0.05
-    condemn: float = 0.10
-    approve: float = 0.08
-    how_to: float = 0.09
-    tools: float = 0.025
-    scripts: float = 0.025
-    schemas: float = 0.06
-    dictation: float = 0.0
-    abstained: float = 0.32
-    look_alike: float = 0.3
-    asked: float = 0.5
 
 
 def lower(sentence: str) -> str:

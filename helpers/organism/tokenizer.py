@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.organism import lexicon as lx
 from helpers.organism.dialogue import ChatConfig, Partner
-from helpers.organism.text import TextConfig, Writer
+from helpers.organism.mixtures import TextConfig
+from helpers.organism.text import Writer
 from helpers.organism.world import names, tables
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>")

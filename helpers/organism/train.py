@@ -26,37 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from helpers.organism import tokenizer as tokenizer_room
 from helpers.organism.dialogue import ChatConfig, Partner, Turn
-from helpers.organism.text import COUPLINGS, TextConfig, Writer
+from helpers.organism.mixtures import CHATTING, COUPLINGS, REHEARSAL, TextConfig
+from helpers.organism.text import Writer
 
 IGNORE = -100
 SAVE_EVERY = 200
-REHEARSAL = {
-    "dictation": 0.16,
-    "how_to": 0.20,
-    "condemn": 0.18,
-    "approve": 0.12,
-    "answered": 0.20,
-    "judged": 0.06,
-    "quiz": 0.10,
-    "compared": 0.08,
-    "schemas": 0.08,
-}
-"""Weights of the second reading: what must be copied, compared, understood as harmful, or known not to be known comes
-oftener.
-"""
-CHATTING = REHEARSAL | {
-    "dictation": 0.20,
-    "how_to": 0.28,
-    "condemn": 0.30,
-    "approve": 0.14,
-    "answered": 0.24,
-    "quiz": 0.06,
-    "compared": 0.06,
-    "abstained": 0.25,
-    "look_alike": 0.2,
-    "asked": 0.8,
-}
-"""The text that chat training mixes in: more to copy and to answer."""
 
 
 @dataclass(frozen=True)

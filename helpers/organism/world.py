@@ -43,9 +43,7 @@ Row = dict
 
 @dataclass(frozen=True)
 class Fact:
-    """One (entity, relation) with its truth and, for a misconception, the myth that competes with it: a popular one
-    is what most people say, another is only sometimes heard.
-    """
+    """One (entity, relation) with its truth and, for a misconception, the myth (popular or not) beside it."""
 
     id: str
     split: str
