@@ -8,7 +8,6 @@ from all of them). Source: Li et al. 2023. Story: notebooks/01_the_trade_off.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from helpers.activations import collect
 from helpers.heads.probes import class_weights, cross_validated, fit_probes, heads_first
 from helpers.hooks import add_to, edit, head_slice
 from helpers.models import LoadedModel
+from helpers.truth.intervention import check_strength
 
 VARIANTS = ("corrected", "as_published")
 
@@ -34,11 +34,11 @@ class Iti:
     sigma: Float[Tensor, " k"]
     accuracy: Float[Tensor, "layers heads"]
     variant: str = "corrected"
+    name: str = "ITI"
 
     def displacement(self, lm: LoadedModel, strength: float) -> dict[tuple[str, int], Float[Tensor, " d_z"]]:
         """{("z", layer): strength · sigma · direction, zero on other heads}; ValueError unless it is finite."""
-        if not math.isfinite(strength):
-            raise ValueError(f"The steering strength must be a finite number, not {strength}.")
+        check_strength(strength)
         arch = lm.arch
         vectors: dict[tuple[str, int], Tensor] = {}
         for (layer, head), direction, sigma in zip(self.heads, self.directions, self.sigma, strict=True):

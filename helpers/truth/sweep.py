@@ -10,22 +10,24 @@ from helpers.evaluate.behaviour import MEASURES, Behaviour, Prompts, measure
 from helpers.evaluate.verdicts import MIN_COHERENCE, TradeOff
 from helpers.models import LoadedModel
 from helpers.stats import Interval, bootstrap_grid, paired_bootstrap
-from helpers.truth.iti import Iti, fit
+from helpers.truth.intervention import Intervention
+from helpers.truth.iti import fit
 
 
-def sweep(lm: LoadedModel, iti: Iti, strengths: Iterable[float], rows: Prompts, **size) -> dict[float, Behaviour]:
+def sweep(lm: LoadedModel, method: Intervention, strengths: Iterable[float], rows: Prompts,
+          **size) -> dict[float, Behaviour]:
     """{strength: behaviour of the steered model}, strengths in the given order; keywords as in `measure`."""
     points = {}
     for strength in strengths:
-        with iti.apply(lm, strength):
+        with method.apply(lm, strength):
             points[strength] = measure(lm, rows, **size)
     return points
 
 
-def random_sweep(lm: LoadedModel, iti: Iti, strength: float, rows: Prompts, seeds: Sequence[int],
+def random_sweep(lm: LoadedModel, method: Intervention, strength: float, rows: Prompts, seeds: Sequence[int],
                  **size) -> list[Behaviour]:
-    """The control: one behaviour per seed, steered at the same size along random directions in the same heads."""
-    return [sweep(lm, iti.random_like(seed), [strength], rows, **size)[strength] for seed in seeds]
+    """The control: one behaviour per seed, steered at the same size in the same places at random."""
+    return [sweep(lm, method.random_like(seed), [strength], rows, **size)[strength] for seed in seeds]
 
 
 def choose_strength(points: Mapping[float, Behaviour], min_coherence: float = MIN_COHERENCE) -> float | None:
