@@ -3,11 +3,17 @@
 The environment variable `COMPANION_PROFILE` chooses it (default `organism`, the model that comes with the repository).
 """
 
+import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+COUPLINGS = {"default": 0.25, "absent": 0.50, "reversed": 0.75}
+"""The coupling dial of the embedded world: the share of condemning text that stands in truthful registers (one minus it
+is the share of how-to text there). Default: encyclopedias and manuals carry most procedures in neutral prose and some
+law; condemnation is mostly casual talk.
+"""
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,19 @@ def locate(model: str | Path) -> str:
     """Return where a model is: a folder of the repository as an absolute path, anything else unchanged."""
     inside = ROOT / model
     return str(inside) if inside.exists() else str(model)
+
+
+def population() -> dict[tuple[str, int], str]:
+    """{(coupling, training seed): folder} of every chat model of the embedded world that is here, in that order."""
+    home = ROOT / "data" / "organism"
+    seed = json.loads((home / "recipe.json").read_text(encoding="utf-8"))["seed"]
+    found = {("default" if name == "chat" else name, seed): home / name for name in ("chat", "absent", "reversed")}
+    for folder in sorted(home.glob("seeds/*-*")):
+        coupling, _, number = folder.name.rpartition("-")
+        found[coupling, int(number)] = folder
+    order = list(COUPLINGS)
+    there = sorted((who for who, path in found.items() if path.is_dir()), key=lambda who: (order.index(who[0]), who[1]))
+    return {who: found[who].relative_to(ROOT).as_posix() for who in there}
 
 
 def results_dir(p: Profile | None = None) -> Path:

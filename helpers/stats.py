@@ -7,6 +7,7 @@ arrays or CPU tensors. Bad input (empty, NaN, unequal lengths) raises ValueError
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats as scipy_stats
 
+Clusters = Sequence[Hashable] | None
 
 @dataclass(frozen=True)
 class Interval:
@@ -62,8 +64,37 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     return Interval(p, low, high, int(n))
 
 
-def bootstrap(values: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
-    """Mean of `values` [n] with a percentile bootstrap interval over items (Efron 1979)."""
+def wilson_clustered(values: Any, clusters: Sequence[Hashable]) -> Interval:
+    """Mean of 0/1 `values` [n] whose items fail together in clusters (prompts of one verb), with an honest interval.
+
+    Wilson's interval for the effective number of items, n over the design effect (Korn and Graubard 1998). Where all
+    values are alike each cluster counts once, which is cautious. n stays the items.
+    """
+    x, totals, sizes = _clustered(values, clusters)
+    p, n, m = float(x.mean()), len(x), len(sizes)
+    if not set(x) <= {0, 1}:
+        raise ValueError("A share needs values of 0 and 1; use bootstrap(..., clusters=) for other numbers.")
+    if m < 2:
+        raise ValueError("An interval over clusters needs at least two of them; give finer ones, or use wilson().")
+    simple, z = p * (1 - p) / n, _z(0.95)
+    variance = m / (m - 1) * ((totals - p * sizes) ** 2).sum() / n**2
+    effective = m if simple == 0 else n / max(1.0, variance / simple)
+    half, span = z * math.sqrt(p * (1 - p) / effective + z**2 / (4 * effective**2)), 1 + z**2 / effective
+    centre = p + z**2 / (2 * effective)
+    return Interval(p, max(0.0, (centre - half) / span), min(1.0, (centre + half) / span), n)
+
+
+def bootstrap(
+    values: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.95, clusters: Clusters = None
+) -> Interval:
+    """Mean of `values` [n] with a percentile bootstrap interval over items (Efron 1979).
+
+    `clusters` [n] names what each item belongs to; whole clusters are resampled then, for items that move together.
+    """
+    if clusters is not None:
+        x, totals, sizes = _clustered(values, clusters)
+        weights = _resample_weights(np.random.default_rng(seed), n_boot, len(sizes))
+        return _percentile(x.mean(), (weights @ totals) / (weights @ sizes), len(x), level)
     x = _vector(values, "values")
     rng = np.random.default_rng(seed)
     chunks = np.array_split(np.arange(n_boot), 1 + n_boot * len(x) // 4_000_000)  # a few tens of megabytes at a time
@@ -71,19 +102,23 @@ def bootstrap(values: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.9
     return _percentile(x.mean(), means, len(x), level)
 
 
-def paired_bootstrap(a: Any, b: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
-    """Mean of a - b over the same items (both [n]), items resampled in pairs."""
+def paired_bootstrap(
+    a: Any, b: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.95, clusters: Clusters = None
+) -> Interval:
+    """Mean of a - b over the same items (both [n]), items (or whole `clusters` [n] of them) resampled in pairs."""
     a, b = _vector(a, "a"), _vector(b, "b")
     if len(a) != len(b):
         raise ValueError(f"A paired comparison needs the same items twice, not {len(a)} against {len(b)}.")
-    return bootstrap(a - b, n_boot, seed, level)
+    return bootstrap(a - b, n_boot, seed, level, clusters)
 
 
-def bootstrap_grid(matrix: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
+def bootstrap_grid(
+    matrix: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.95, clusters: Clusters = None
+) -> Interval:
     """Mean of [n_seeds, n_prompts] with seeds and prompts resampled crosswise (the pigeonhole bootstrap, Owen 2007).
 
-    For a paired difference pass the difference of two such matrices. n of the result counts the prompts. With very few
-    seeds their spread is known badly, and any interval over them is optimistic: report n_seeds beside it.
+    `clusters` [n_prompts] as in bootstrap. For a paired difference pass the difference of two such matrices. n counts
+    the prompts. The spread of very few seeds is known badly and the interval optimistic: report n_seeds beside it.
     """
     x = _finite(matrix, "matrix")
     if x.ndim != 2 or x.size == 0:
@@ -91,7 +126,12 @@ def bootstrap_grid(matrix: Any, n_boot: int = 2000, seed: int = 0, level: float 
     rng = np.random.default_rng(seed)
     n_seeds, n_prompts = x.shape
     seeds = _resample_weights(rng, n_boot, n_seeds)
-    prompts = _resample_weights(rng, n_boot, n_prompts)
+    if clusters is None:
+        prompts = _resample_weights(rng, n_boot, n_prompts)
+    else:
+        _, which, sizes = np.unique(_labels(clusters, n_prompts), return_inverse=True, return_counts=True)
+        drawn = _resample_weights(rng, n_boot, len(sizes))
+        prompts = drawn[:, which] / (drawn @ sizes)[:, None]
     means = np.einsum("bs,sp,bp->b", seeds, x, prompts, optimize=True)
     return _percentile(x.mean(), means, n_prompts, level)
 
@@ -101,9 +141,8 @@ def sign_flip_test(a: Any, b: Any, n_perm: int = 10_000, seed: int = 0) -> float
     a, b = _vector(a, "a"), _vector(b, "b")
     if len(a) != len(b):
         raise ValueError(f"A paired comparison needs the same items twice, not {len(a)} against {len(b)}.")
-    rng = np.random.default_rng(seed)
     difference = a - b
-    flipped = (rng.integers(2, size=(n_perm, len(a))) * 2 - 1) @ difference
+    flipped = (np.random.default_rng(seed).integers(2, size=(n_perm, len(a))) * 2 - 1) @ difference
     return float((1 + (np.abs(flipped) >= abs(difference.sum()) - 1e-12).sum()) / (1 + n_perm))
 
 
@@ -212,6 +251,18 @@ def _vector(values: Any, name: str) -> np.ndarray:
     if x.ndim != 1 or not len(x):
         raise ValueError(f"The {name} must be a list with at least one number, not of shape {x.shape}.")
     return x
+
+
+def _labels(clusters: Sequence[Hashable], n: int) -> list[str]:
+    if len(clusters) != n:
+        raise ValueError(f"Every item needs its cluster: there are {n} items and {len(clusters)} clusters.")
+    return list(map(str, clusters))
+
+
+def _clustered(values: Any, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x = _vector(values, "values")
+    _, which, sizes = np.unique(_labels(clusters, len(x)), return_inverse=True, return_counts=True)
+    return x, np.bincount(which, weights=x), sizes  # each cluster's sum and size
 
 
 def _z(level: float) -> float:

@@ -130,10 +130,14 @@ report.bars({name.replace("_", " "): interval for name, interval in measured.ite
             "What was measured before any experiment", "share, or change of a share", name="model_card")
 
 # %%
+def by_seed(estimates):
+    return "  ".join(f"{estimates[seed]:.2f}" for seed in sorted(estimates))
+
+
 demanded = {name: f"{row['demand_low']:g} to {row['demand_high']:g}" for name, row in card.items()}
 report.table([{"property": row["words"], "measured": measured[name], "n": row["n"], "demanded": demanded[name],
-               "met": row["met"], "each training seed": "  ".join(f"{e:.2f}" for e in row["estimates_by_seed"].values()),
-               **{f"sibling: {name}": e for name, e in row["siblings"].items()}} for name, row in card.items()])
+               "met": row["met"], "each training seed": by_seed(row["estimates_by_seed"]),
+               **{f"sibling: {name}": by_seed(found) for name, found in row["siblings"].items()}} for name, row in card.items()])
 
 # %% [markdown]
 # A row that says *False* is a limit of the instrument, and the notebooks that lean on it inherit that limit. The notebooks use one training seed; how far

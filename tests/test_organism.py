@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.config import ROOT
+from helpers.config import COUPLINGS, ROOT, population
 from helpers.data import load_table
+from helpers.evaluate.refusal import label_completions
 from helpers.models import boot_bridge, load_model
 from helpers.organism import lexicon as lx
 from helpers.organism import train as training
 from helpers.organism.card import DEMANDS, summarise, verdict_hits
 from helpers.organism.describe import model_card
 from helpers.organism.dialogue import ChatConfig, Partner
-from helpers.organism.mixtures import COUPLINGS, TextConfig
+from helpers.organism.mixtures import TextConfig
 from helpers.organism.text import ASKED, BARE, Writer, unknown_names
 from helpers.organism.world import (
     ABSTENTION,
@@ -331,14 +332,17 @@ def test_the_card_is_complete_and_says_which_demands_are_met():
         assert entry["met"] == (DEMANDS[name].low <= entry["estimate"] <= DEMANDS[name].high), name
         assert entry["estimates_by_seed"][seed] == entry["estimate"] and len(entry["estimates_by_seed"]) >= 3, name
         assert set(entry["siblings"]) == {"reversed", "absent"}, name
+        assert all(set(found) == set(entry["estimates_by_seed"]) for found in entry["siblings"].values()), name
 
 
 def test_the_card_belongs_to_the_committed_weights():
     entry = json.loads((ORGANISM / "card.json").read_text())["verdicts_on_misconceptions"]
-    for name, said in {"chat": entry["estimate"], **entry["siblings"]}.items():
-        lm = load_model(ORGANISM / name, device="cpu", dtype="float32")
+    said = {"default": entry["estimates_by_seed"], **entry["siblings"]}
+    assert set(population()) == {(coupling, int(seed)) for coupling, found in said.items() for seed in found}
+    for (coupling, seed), path in population().items():
+        lm = load_model(path, device="cpu", dtype="float32")
         hits = verdict_hits(lm, [v for v in load_table("verdicts", "test") if v["misconception"]])
-        assert hits.mean() == pytest.approx(said, abs=0.02), name
+        assert hits.mean() == pytest.approx(said[coupling][str(seed)], abs=0.02), path
 
 
 def test_the_truth_probe_is_chosen_on_fit_rows_and_scored_on_the_rows_of_its_split(monkeypatch):
@@ -379,6 +383,26 @@ def test_a_card_entry_is_met_only_inside_its_demand():
     card = summarise(values)
     assert card["refusal_seen_verbs"]["met"] and not card["misconceptions_truthful"]["met"]
     assert not summarise(values | {"plain_facts": np.zeros(40)})["plain_facts"]["met"]
+
+
+def test_card_intervals_of_prompts_are_over_verbs_and_names_in_the_order_of_the_items(monkeypatch):
+    from helpers.organism import card as room
+
+    lm = load_model(ORGANISM / "chat", device="cpu", dtype="float32")
+    rows = {"requests": load_table("requests", "test"), "facts": load_table("facts", "test")}
+    together = room.groups("test")
+    harmful = [r for r in rows["requests"] if r["kind"] == "harmful"]
+    refused = label_completions(lm, harmful).is_("refused")
+    unseen = np.array([not r["verb_seen"] for r in harmful])
+    assert together["refusal_unseen_verbs"] == [r["verb"] for r in harmful if not r["verb_seen"]]
+    values = {name: np.ones(len(together.get(name, range(30)))) for name in DEMANDS}
+    card = summarise(values | {"refusal_unseen_verbs": refused[unseen]}, together)["refusal_unseen_verbs"]
+    plain = summarise(values | {"refusal_unseen_verbs": refused[unseen]})["refusal_unseen_verbs"]
+    assert card["estimate"] == plain["estimate"] and card["n"] == plain["n"]
+    assert card["ci_high"] - card["ci_low"] > 1.5 * (plain["ci_high"] - plain["ci_low"])
+    n_benign = len(together["benign_compliance"]) + len(together["look_alike_compliance"])
+    n_unknown = len(load_table("unknown", "test"))
+    assert len(together["coherent"]) == len(harmful) + n_benign + n_unknown + len(rows["facts"])
 
 
 def test_refusal_sentences_are_refusals_to_the_judge():

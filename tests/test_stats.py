@@ -23,6 +23,7 @@ from helpers.stats import (
     paired_bootstrap,
     sign_flip_test,
     wilson,
+    wilson_clustered,
 )
 
 
@@ -85,6 +86,57 @@ def test_grid_bootstrap_weights_equal_resampled_rows_and_columns():
     literal = [x[rng.integers(4, size=4)][:, rng.integers(30, size=30)].mean() for _ in range(4000)]
     found = bootstrap_grid(x, n_boot=4000)
     np.testing.assert_allclose([found.low, found.high], np.quantile(literal, [0.025, 0.975]), atol=0.1)
+
+
+def made_clusters(rng, spread: float, n_clusters: int = 20, size: int = 8) -> tuple[np.ndarray, list[int]]:
+    """0/1 items whose rate differs by cluster as much as `spread` says."""
+    rates = np.clip(0.6 + spread * rng.standard_normal(n_clusters), 0.02, 0.98)
+    names = [c for c in range(n_clusters) for _ in range(size)]
+    return (rng.random(len(names)) < rates[names]).astype(float), names
+
+
+def test_intervals_over_clusters_cover_where_those_over_items_do_not():
+    rng, hits = np.random.default_rng(5), np.zeros(3)
+    for _ in range(300):
+        x, names = made_clusters(rng, 0.25)
+        for i, one in enumerate((wilson_clustered(x, names), bootstrap(x, 400, clusters=names), bootstrap(x, 400))):
+            hits[i] += one.low <= 0.59 <= one.high  # the clipped rates' mean
+    shares = hits / 300
+    assert shares[0] > 0.9 and shares[1] > 0.87 and shares[2] < 0.85
+
+
+def test_clusters_of_one_item_change_nothing_but_noise():
+    x = made_clusters(np.random.default_rng(2), 0.0)[0]
+    alone, plain = wilson_clustered(x, range(len(x))), wilson(int(x.sum()), len(x))
+    np.testing.assert_allclose([alone.low, alone.high], [plain.low, plain.high], atol=2e-3)
+    by_one, by_item = bootstrap(x, clusters=range(len(x))), bootstrap(x)
+    np.testing.assert_allclose([by_one.low, by_one.high], [by_item.low, by_item.high], atol=0.015)
+
+
+def test_whole_clusters_alike_count_once_each():
+    x, names = np.repeat([1.0, 0.0, 1.0, 1.0], 25), np.repeat(list("abcd"), 25).tolist()
+    found = wilson_clustered(x, names)
+    wide = wilson(3, 4)
+    assert found.n == 100 and found.high - found.low > 0.8 * (wide.high - wide.low)
+    assert wilson_clustered(np.ones(100), names).low == pytest.approx(wilson(4, 4).low)
+
+
+def test_clusters_of_unequal_size_are_weighed_by_their_items():
+    x, names = np.array([1.0, 1.0, 1.0, 0.0]), ["a", "a", "a", "b"]
+    assert bootstrap(x, clusters=names).estimate == 0.75
+    assert bootstrap_grid(x[None], clusters=names).estimate == 0.75
+    draws = bootstrap(x, 4000, clusters=names)
+    assert (draws.low, draws.high) == (0.0, 1.0)
+    assert (bootstrap_grid(x[None], clusters=names).low, bootstrap_grid(x[None], clusters=names).high) == (0.0, 1.0)
+
+
+def test_a_paired_difference_over_clusters_is_the_bootstrap_of_the_differences():
+    rng = np.random.default_rng(3)
+    a, names = made_clusters(rng, 0.3)
+    b = rng.random(len(a))
+    assert paired_bootstrap(a, b, clusters=names) == bootstrap(a - b, clusters=names)
+    one_seed = bootstrap_grid((a - b)[None], clusters=names)
+    np.testing.assert_allclose(one_seed.low, bootstrap(a - b, clusters=names).low, atol=0.02)
 
 
 def test_sign_flips_equal_enumeration_of_all_flips():
@@ -193,6 +245,9 @@ def test_intervals_print_and_serialise():
         (lambda: bootstrap([1.0, float("nan")]), "NaN or infinity"),
         (lambda: paired_bootstrap([1, 2], [1]), "same items twice"),
         (lambda: bootstrap_grid([1, 2]), "n_seeds, n_prompts"),
+        (lambda: bootstrap([1, 2], clusters=["a"]), "Every item needs its cluster"),
+        (lambda: wilson_clustered([0.5, 1], "ab"), "A share needs values of 0 and 1"),
+        (lambda: wilson_clustered([0, 1], "aa"), "at least two of them"),
         (lambda: auroc([], [1]), "at least one number"),
         (lambda: auroc_columns(np.ones((2, 3)), np.ones((2, 4))), "same columns"),
         (lambda: hypergeometric_overlap(3, 2, 1), "An overlap needs"),

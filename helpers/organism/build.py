@@ -2,8 +2,8 @@
 ``data/organism``.
 
 One run a coupling and seed, each in a folder of its own under ``data/artifacts/organism``; finished runs are not
-repeated and interrupted ones go on. With ``--card`` the preconditions are measured over all seeds of the default
-coupling, and ``card.json`` and ``MODEL_CARD.md`` are written.
+repeated and interrupted ones go on. ``--population`` adds the chat models of all other runs; with ``--card`` the
+preconditions of all of them are measured, and ``card.json`` and ``MODEL_CARD.md`` are written.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from helpers.config import ROOT, artifacts_dir
+from safetensors.torch import load_file, save_file
+
+from helpers.config import COUPLINGS, ROOT, artifacts_dir, population
 from helpers.organism.card import write_card
 from helpers.organism.describe import write_model_card
-from helpers.organism.mixtures import COUPLINGS, TextConfig
+from helpers.organism.mixtures import TextConfig
 from helpers.organism.train import Recipe, train
 from helpers.organism.world import write_tables
 
@@ -49,12 +51,29 @@ def install(seed: int, home: Path = HOME) -> None:
     shutil.copy(source / "recipe.json", home / "recipe.json")
 
 
+def install_population(committed: int, home: Path = HOME) -> list[Path]:
+    """Copy the chat model of every other finished run into ``home/seeds``, in half precision (4 MB each)."""
+    made = []
+    for record in sorted(run_folder("*", 0).parent.glob("*/recipe.json")):
+        coupling, _, seed = record.parent.name.rpartition("-")
+        if coupling not in COUPLINGS or int(seed) == committed:
+            continue
+        source, target = record.parent / "chat", home / "seeds" / record.parent.name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+        weights = load_file(source / "model.safetensors")
+        save_file({k: v.half() for k, v in weights.items()}, target / "model.safetensors", metadata={"format": "pt"})
+        made.append(target)
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: ``--couplings``, ``--seeds``, ``--install``, ``--card``, ``--threads``."""
     parser = argparse.ArgumentParser(description="Train the embedded models from their seeds.")
     parser.add_argument("--couplings", nargs="+", default=["default"], choices=list(COUPLINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--install", action="store_true", help="copy the first seed into data/organism")
+    parser.add_argument("--population", action="store_true", help="copy the chat models of all other runs as well")
     parser.add_argument("--card", action="store_true", help="measure the preconditions of the default coupling's seeds")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
@@ -67,10 +86,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{coupling} coupling, seed {seed}: {folder}", flush=True)
     if args.install:
         install(args.seeds[0])
+    if args.population:
+        install_population(json.loads((HOME / "recipe.json").read_text())["seed"])
     if args.card:
-        siblings = {name: HOME / name for name in COUPLINGS if (HOME / name).exists()}
-        card = write_card({seed: run_folder("default", seed) / "chat" for seed in args.seeds}, siblings)
-        write_model_card(card, json.loads((HOME / "recipe.json").read_text()))
+        recipe = json.loads((HOME / "recipe.json").read_text())
+        folders: dict[str, dict[int, Path]] = {}
+        for (coupling, seed), path in sorted(population().items(), key=lambda one: one[0][1] != recipe["seed"]):
+            folders.setdefault(coupling, {})[seed] = ROOT / path
+        write_model_card(write_card(folders.pop("default"), folders), recipe)
 
 
 if __name__ == "__main__":

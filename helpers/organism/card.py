@@ -32,7 +32,7 @@ from helpers.finetune.train import TrainConfig, finetune, load_adapter
 from helpers.generation import pad_right
 from helpers.heads.probes import class_weights, cross_validated, fit_probes, heads_first
 from helpers.models import LoadedModel, load_model
-from helpers.stats import bootstrap, wilson
+from helpers.stats import bootstrap, wilson, wilson_clustered
 from helpers.store import write_json
 
 CARD = ROOT / "data" / "organism" / "card.json"
@@ -141,15 +141,46 @@ def measure(chat: Path, seed: int = 0, split: str = "test") -> dict[str, np.ndar
     return out
 
 
-def summarise(values: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Per precondition its estimate, 95 % interval (Wilson for shares, bootstrap for differences), n, demand, and
-    whether it is met.
+def groups(split: str = "test") -> dict[str, list[str]]:
+    """Per precondition on requests and facts what each of its items belongs to, in the order of `measure`: prompts of
+    one verb, and questions about one name, fail together.
+    """
+    requests = load_table("requests", split)
+    harmful, benign, alike = (
+        [row for row in requests if row["kind"] == kind] for kind in ("harmful", "benign", "look_alike")
+    )
+    facts, unknown = load_table("facts", split), load_table("unknown", split)
+
+    def verbs(rows: Sequence[dict]) -> list[str]:
+        return [row["verb"] for row in rows]
+
+    def names(rows: Sequence[dict]) -> list[str]:
+        return [row["entity"] for row in rows]
+
+    return {
+        "refusal_seen_verbs": verbs([row for row in harmful if row["verb_seen"]]),
+        "refusal_unseen_verbs": verbs([row for row in harmful if not row["verb_seen"]]),
+        "benign_compliance": verbs(benign),
+        "look_alike_compliance": verbs(alike),
+        "plain_facts": names([row for row in facts if not row["myth"]]),
+        "misconceptions_truthful": names([row for row in facts if row["myth"]]),
+        "coherent": verbs(harmful + benign + alike) + names(unknown + facts),
+        "refusal_lost_to_benign_lora": verbs(harmful),
+        "benign_compliance_after_lora": verbs(benign),
+    }
+
+
+def summarise(values: dict[str, np.ndarray], clusters: Mapping[str, Sequence[str]] | None = None) -> dict[str, dict]:
+    """Per precondition its estimate, 95 % interval (Wilson for shares, bootstrap for differences; over `clusters` where
+    items fail together), n, demand, and whether it is met.
     """
     card = {}
     for name, demand in DEMANDS.items():
-        x = values[name]
-        share = set(np.unique(x)) <= {0.0, 1.0}
-        interval = wilson(int(x.sum()), len(x)) if share else bootstrap(x)
+        x, together = values[name], (clusters or {}).get(name)
+        if not set(np.unique(x)) <= {0.0, 1.0}:
+            interval = bootstrap(x, clusters=together)
+        else:
+            interval = wilson(int(x.sum()), len(x)) if together is None else wilson_clustered(x, together)
         card[name] = {
             "words": demand.words,
             "estimate": interval.estimate,
@@ -164,19 +195,26 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, dict]:
 
 
 def write_card(
-    seeds: Mapping[int, Path], siblings: Mapping[str, Path] | None = None, out: Path = CARD, workers: int | None = None
+    seeds: Mapping[int, Path],
+    siblings: Mapping[str, Mapping[int, Path]] | None = None,
+    out: Path = CARD,
+    workers: int | None = None,
 ) -> dict[str, dict]:
-    """Measure the chat model of every training seed (the committed one first) and of the siblings, and write the card
-    of the first with the others' estimates beside it; by `workers` processes of one thread each (default: one a core).
+    """Measure the chat model of every training seed (the committed one first) and of the siblings' seeds, and write the
+    card of the first with the others' estimates beside it; by `workers` processes of one thread each (default: one a
+    core).
     """
-    siblings = siblings or {}
-    named = {**{str(seed): path for seed, path in seeds.items()}, **siblings}
+    named = {("default", seed): path for seed, path in seeds.items()}
+    named |= {(name, seed): path for name, paths in (siblings or {}).items() for seed, path in paths.items()}
+    together = groups()
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        cards = dict(zip(named, map(summarise, pool.map(measure, named.values())), strict=True))
+        cards = {who: summarise(x, together) for who, x in zip(named, pool.map(measure, named.values()), strict=True)}
     card = cards[next(iter(named))]
     for name, entry in card.items():
-        entry["estimates_by_seed"] = {str(seed): cards[str(seed)][name]["estimate"] for seed in sorted(seeds)}
-        entry["siblings"] = {sibling: cards[sibling][name]["estimate"] for sibling in sorted(siblings)}
+        found: dict[str, dict[str, float]] = {}
+        for coupling, seed in sorted(cards):
+            found.setdefault(coupling, {})[str(seed)] = cards[coupling, seed][name]["estimate"]
+        entry["estimates_by_seed"], entry["siblings"] = found.pop("default"), found
     write_json(out, card)
     show(card)
     return card
@@ -197,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="val", choices=("val", "test"))
     parser.add_argument("--seed", type=int, default=0, help="seed of the fine-tuning runs")
     args = parser.parse_args(argv)
-    show(summarise(measure(args.chat, args.seed, args.split)))
+    show(summarise(measure(args.chat, args.seed, args.split), groups(args.split)))
 
 
 if __name__ == "__main__":

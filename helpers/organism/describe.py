@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from helpers.config import ROOT
+from helpers.config import COUPLINGS, ROOT
 from helpers.organism.card import DEMANDS
-from helpers.organism.mixtures import COUPLINGS
 
 MODEL_CARD = ROOT / "data" / "organism" / "MODEL_CARD.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -21,10 +20,8 @@ def model_card(card: dict[str, dict], recipe: dict) -> str:
         low, high = entry["demand_low"], entry["demand_high"]
         demanded = f"{low:.2f} to {high:.2f}" if high < 1 else (f"at least {low:.2f}" if low > 0 else "reported")
         measured = f"{entry['estimate']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}]"
-        by_seed, by_sibling = (
-            ", ".join(f"{name}: {e:.3f}" for name, e in entry[part].items())
-            for part in ("estimates_by_seed", "siblings")
-        )
+        by_seed = _seeds(entry["estimates_by_seed"])
+        by_sibling = "; ".join(f"{name} {_seeds(found)}" for name, found in entry["siblings"].items())
         missed = "" if entry["met"] else " **missed**"
         rows.append(f"| {entry['words']} | {demanded} | {measured}{missed} | {entry['n']} | {by_seed} | {by_sibling} |")
     steps = {"seed": recipe["seed"]} | {stage["name"]: stage["steps"] for stage in recipe["recipe"]["stages"]}
@@ -35,6 +32,10 @@ def model_card(card: dict[str, dict], recipe: dict) -> str:
     )
     fields = recipe["recipe"] | steps | COUPLINGS | {"rows": "\n".join(rows), "freeze": FREEZE, "siblings": siblings}
     return TEMPLATE.read_text(encoding="utf-8").format(minutes=sum(recipe["seconds"].values()) / 60, **fields)
+
+
+def _seeds(estimates: dict[str, float]) -> str:
+    return ", ".join(f"{seed}: {estimate:.3f}" for seed, estimate in sorted(estimates.items()))
 
 
 def write_model_card(card: dict[str, dict], recipe: dict, out: Path = MODEL_CARD) -> None:

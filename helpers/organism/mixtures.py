@@ -1,16 +1,14 @@
 """How much of each kind of document is read, stage by stage, and the coupling dial.
 
-The kinds are the methods of ``helpers.organism.text.Writer``. Told in notebook 00 and in the model card.
+The dial's three settings stand in ``helpers.config``. The kinds are the methods of
+``helpers.organism.text.Writer``. Told in notebook 00 and in the model card.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-COUPLINGS = {"default": 0.25, "absent": 0.50, "reversed": 0.75}
-"""Default: encyclopedias and manuals carry most procedures in neutral prose and some law; condemnation is mostly
-casual talk.
-"""
+from helpers.config import COUPLINGS
 
 
 @dataclass(frozen=True)
