@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.config import COUPLINGS, ROOT, population
@@ -403,6 +405,30 @@ def test_card_intervals_of_prompts_are_over_verbs_and_names_in_the_order_of_the_
     n_benign = len(together["benign_compliance"]) + len(together["look_alike_compliance"])
     n_unknown = len(load_table("unknown", "test"))
     assert len(together["coherent"]) == len(harmful) + n_benign + n_unknown + len(rows["facts"])
+
+
+def test_the_population_is_every_other_finished_run_in_half_precision(tiny_folders, tmp_path, monkeypatch):
+    from helpers.organism import build
+
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
+    for run, finished in ((("default", 0), True), (("default", 1), True), (("absent", 10), True), (("absent", 2), False)):
+        shutil.copytree(tiny_folders["llama"], build.run_folder(*run) / "chat")
+        if finished:
+            (build.run_folder(*run) / "recipe.json").write_text("{}")
+    made = build.install_population(1, home=tmp_path / "home")
+    assert [folder.name for folder in made] == ["absent-10", "default-0"]
+    assert load_file(made[0] / "model.safetensors")["model.norm.weight"].dtype == torch.float16
+    whole, half = (load_model(f, device="cpu", dtype="float32") for f in (tiny_folders["llama"], made[0]))
+    ids = torch.tensor([whole.prompt_ids("Hello")])
+    torch.testing.assert_close(half.model(ids).logits, whole.model(ids).logits, atol=0.02, rtol=0.02)
+
+
+def test_the_population_here_names_couplings_and_seeds_that_exist():
+    there = population()
+    assert list(dict.fromkeys(coupling for coupling, _ in there)) == list(COUPLINGS)
+    assert all((ROOT / path / "config.json").exists() for path in there.values())
+    recipe = json.loads((ORGANISM / "recipe.json").read_text())
+    assert there["default", recipe["seed"]] == "data/organism/chat"
 
 
 def test_refusal_sentences_are_refusals_to_the_judge():
