@@ -140,6 +140,7 @@ def figures():
     yield report.bars({"one": interval, "two": interval}, "B", "rate", name="bars_a", y_range=(0.0, 1.0))
     yield report.bars({"one": {"u": interval, "v": 0.2}, "two": {"u": interval}}, "B", "rate", name="bars_b")
     yield report.heatmap(np.array([[1.0, -2.0], [0.0, np.nan]]), "C", "head", "layer", name="heat", diverging=True)
+    yield report.paths({"m": [("0", interval, interval), ("<i>", Interval(0.7, 0.6, 0.9, 9), interval)]}, name="way")
     yield report.scatter([1, 2], [3, 4], ["<b>x</b>", "y"], "D", "x", "y", name="points", groups=["g", "h"])
 
 
@@ -168,12 +169,23 @@ def test_the_moving_and_the_still_picture_show_the_same_numbers():
     assert "0.50 [0.25, 0.75]" in picture.text
 
 
+def test_a_path_shows_both_intervals_on_their_own_axes():
+    across, up = Interval(0.5, 0.25, 0.875, 3), Interval(0.1, 0.0, 0.2, 3)
+    picture = report.paths({"m": [("strength 2", across, up)]}, name="both")
+    line = picture.plotly.data[0]
+    assert (line.x[0], line.y[0], line.mode) == (0.5, 0.1, "lines+markers")
+    assert (line.error_x.arrayminus[0], line.error_x.array[0]) == (0.25, 0.375)
+    assert (line.error_y.arrayminus[0], line.error_y.array[0]) == (0.1, 0.1)
+    assert "strength 2 at 0.50 [0.25, 0.88]: 0.10 [0.00, 0.20]" in picture.text
+
+
 @pytest.mark.parametrize(
     "broken",
     [
         lambda: report.lines([0, 1], {"a": [0.1]}, name="x"),
         lambda: report.heatmap([1, 2], name="x"),
         lambda: report.scatter([1], [1, 2], name="x"),
+        lambda: report.paths({"a": [("", 1.0, 2.0)]}, name="x"),
         lambda: report.bars({"a": 1.0}, name="../escape"),
         lambda: report.table([]),
     ],

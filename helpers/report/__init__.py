@@ -2,7 +2,7 @@
 
 from helpers.report.checks import accept, check
 from helpers.report.claims import CLAIMS, claim, collect_claims
-from helpers.report.figures import Picture, bars, heatmap, lines, scatter
+from helpers.report.figures import Picture, bars, heatmap, lines, paths, scatter
 from helpers.report.html import html_report
 from helpers.report.tables import Table, table
 
@@ -18,6 +18,7 @@ __all__ = [
     "heatmap",
     "html_report",
     "lines",
+    "paths",
     "scatter",
     "table",
 ]

@@ -27,7 +27,8 @@ PLOTLY = "application/vnd.plotly.v1+json"
 class Drawing:
     """The numbers of one figure, which both the moving and the still picture are made from.
 
-    `series` maps a name to {"x", "y", "low", "high", "labels"}; `grid` a heatmap's matrix, `reference` a dashed line.
+    `series` maps a name to {"x", "y", "low", "high", "labels"} ("x_low" and "x_high" of paths); `grid` is a heatmap's
+    matrix, `reference` a dashed line.
     """
 
     kind: str
@@ -153,6 +154,25 @@ def scatter(
     return _picture(name, Drawing("scatter", title, x_title, y_title, drawn, reference=reference))
 
 
+def paths(
+    series: Mapping[str, Sequence[tuple[Any, Any, Any]]],
+    title: str = "",
+    x_title: str = "",
+    y_title: str = "",
+    *,
+    name: str,
+) -> Picture:
+    """Draw a trade-off: each series is a path of points (words, x, y), both intervals, joined in the order given."""
+    drawn = {}
+    for label, points in series.items():
+        across, up = _curve([x for _, x, _ in points]), _curve([y for _, _, y in points])
+        beside = {"x": across["y"], "x_low": across["low"], "x_high": across["high"]}
+        drawn[label] = {**up, **beside, "labels": [str(words) for words, _, _ in points]}
+        if not up["low"] or not across["low"]:
+            raise ValueError(f"The path {label!r} of {name} needs an interval for every x and y.")
+    return _picture(name, Drawing("paths", title, x_title, y_title, drawn))
+
+
 def _picture(name: str, drawing: Drawing) -> Picture:
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise ValueError(
@@ -199,12 +219,21 @@ def _in_words(d: Drawing) -> str:
             else [f" [{cell(a)}, {cell(b)}]" for a, b in zip(s["low"], s["high"], strict=True)]
         )
         places = d.x_labels and [d.x_labels[int(x)] for x in s["x"]] or [f"{x:g}" for x in s["x"]]
+        if d.kind == "paths":
+            spans = zip(s["labels"], s["x"], s["x_low"], s["x_high"], strict=True)
+            places = [f"{words} at {cell(x)} [{cell(a)}, {cell(b)}]" for words, x, a, b in spans]
         points = [f"{p}: {cell(y)}{e}" for p, y, e in zip(places, s["y"], ends, strict=True)]
         shown = points if len(points) <= 12 else [*points[:12], f"… {len(points)} points in all"]
         said.append(f"  {name or d.y_title or 'values'}: " + "; ".join(shown))
     if d.grid:
         said.append(f"  {len(d.grid)} × {len(d.grid[0])} values")
     return "\n".join(said)
+
+
+def _whisker(s: dict[str, list], axis: str) -> dict[str, Any]:
+    low, high = (s["low"], s["high"]) if axis == "y" else (s["x_low"], s["x_high"])
+    up, down = ([abs(b - v) for v, b in zip(s[axis], ends, strict=True)] for ends in (high, low))
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1}
 
 
 def _plotly(d: Drawing) -> go.Figure:
@@ -219,14 +248,13 @@ def _plotly(d: Drawing) -> go.Figure:
                 x=places + places[::-1], y=s["high"] + s["low"][::-1], mode="lines", showlegend=False, **fill
             )
         if d.kind == "bars":
-            up = [b - y for y, b in zip(s["y"], s["high"], strict=False)]
-            down = [y - a for y, a in zip(s["y"], s["low"], strict=False)]
-            error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down} if s["low"] else None
+            error = _whisker(s, "y") if s["low"] else None
             figure.add_bar(x=places, y=s["y"], name=name, marker={"color": color}, error_y=error)
         else:
-            mode = "lines+markers" if d.kind == "lines" else "markers"
+            mode = "markers" if d.kind == "scatter" else "lines+markers"
             text = s["labels"] if any(s["labels"]) else None
-            figure.add_scatter(x=places, y=s["y"], name=name, mode=mode, marker={"color": color}, text=text)
+            crosses = {f"error_{axis}": _whisker(s, axis) for axis in ("x", "y")} if d.kind == "paths" else {}
+            figure.add_scatter(x=places, y=s["y"], name=name, mode=mode, marker={"color": color}, text=text, **crosses)
     if d.grid is not None:
         top = max((abs(v) for row in d.grid for v in row if v is not None), default=1.0) or 1.0
         colors = (

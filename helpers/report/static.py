@@ -30,7 +30,9 @@ def draw(drawing: "Drawing", colors: tuple[str, ...], salt: str) -> str:
         warnings.simplefilter("ignore")
         figure = Figure(figsize=(7.2, 4.0), layout="constrained")
         axes = figure.subplots()
-        {"lines": _lines, "bars": _bars, "scatter": _scatter, "heatmap": _heatmap}[drawing.kind](axes, drawing)
+        {"lines": _lines, "bars": _bars, "scatter": _scatter, "paths": _paths, "heatmap": _heatmap}[
+            drawing.kind
+        ](axes, drawing)
         axes.set(title=textwrap.fill(drawing.title, 84), xlabel=drawing.x_title, ylabel=drawing.y_title)
         if drawing.reference:
             value, words = drawing.reference
@@ -69,6 +71,18 @@ def _bars(axes: Axes, d: Any) -> None:
     long = max(map(len, d.x_labels), default=0) * len(d.x_labels) > 70
     axes.set_xticks(range(len(d.x_labels)), d.x_labels, rotation=25 if long else 0, ha="right" if long else "center")
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _paths(axes: Axes, d: Any) -> None:
+    for name, s in d.series.items():
+        ends = [
+            [[abs(b - v) for v, b in zip(s[axis], s[one], strict=True)] for one in pair]
+            for axis, pair in (("x", ("x_low", "x_high")), ("y", ("low", "high")))
+        ]
+        kwargs = {"marker": "o", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.7, "label": name or None}
+        axes.errorbar(s["x"], s["y"], xerr=ends[0], yerr=ends[1], **kwargs)
+    axes.grid(color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
