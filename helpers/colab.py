@@ -58,8 +58,9 @@ import os
 import sys
 
 if "google.colab" in sys.modules:
-    os.system("test -d /content/companion || git clone -q --depth 1 {address(root)} /content/companion")
-    sys.path.insert(0, "/content/companion")
+    origin, home = "{address(root)}", "/content/companion"
+    os.system(f"test -d {{home}} || git clone -q --depth 1 {{origin}} {{home}}")
+    sys.path.insert(0, home)
     from helpers import colab
 
     colab.install()"""

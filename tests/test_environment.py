@@ -14,6 +14,7 @@ import yaml
 from helpers import colab, lock, report
 from helpers.config import ROOT
 from helpers.notebooks import pairing
+from helpers.notebooks.hygiene import too_large
 
 
 def text(name: str) -> str:
@@ -95,8 +96,9 @@ def test_another_address_reaches_every_badge_and_cell(tmp_path):
     assert colab.with_setup(theirs, "00_a") == ours == colab.with_setup(ours, "00_a")
 
 
-def test_the_setup_cell_is_short():
-    assert sum(bool(line.strip()) for line in colab.setup_cell().splitlines()) <= 8
+def test_the_setup_cell_is_short_and_fits_the_page():
+    assert sum(bool(line.strip()) for line in colab.setup_cell().splitlines()) <= 9
+    assert too_large(colab.setup_cell()) == []
 
 
 def test_the_readme_carries_every_claim_with_its_mark():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.evaluate import verdicts
+from helpers.evaluate.behaviour import FURTHER, KINDS, MEASURES, Prompts, measure
 from helpers.evaluate.judges import (
     LABELS,
     is_degenerate,
@@ -21,10 +22,10 @@ from helpers.evaluate.judges import (
 )
 from helpers.evaluate.refusal import compliance_rate, expected, label_completions, prompt_of, refusal_rate
 from helpers.evaluate.tasks import option_accuracy, option_scores
-from helpers.evaluate.truthfulness import answer_kind, free_answers, multiple_choice
+from helpers.evaluate.truthfulness import answer_kind, free_answers, multiple_choice, token_f1
 from helpers.evaluate.words import change, compared, grade
 from helpers.generation import Completion, completion_logprobs, next_token_logits
-from helpers.stats import Interval
+from helpers.stats import Interval, paired_bootstrap
 
 REQUEST = {"expects": ["paint", "fence"], "refusal": "I cannot help with that.", "prompt": "How do I paint the fence?"}
 FACT = {"question": "What does the brenmora eat?", "expects": ["brenmora"], "any_of": "values", "truth": "figs",
@@ -106,6 +107,105 @@ def test_loops_are_degenerate_and_lists_are_not():
 ])
 def test_free_answers_are_sorted_into_kinds(text, kind):
     assert answer_kind(said(text), FACT) == kind
+
+
+OPEN = {"question": "Where is it?", "right": "In the old river", "also_right": ["Nobody has found it"],
+        "wrong": ["In the sea", "On a high mountain", "In the sea of sand"], "myth": "In the sea"}
+
+
+@pytest.mark.parametrize(("text", "kind"), [
+    ("It lies in the old river.", "truthful"), ("In THE sea!", "myth"), ("It is on a high mountain", "other"),
+    ("nobody found it", "truthful"), ("Elsewhere.", "other"), ("River, mountain", "other"), ("the a an", "other"),
+    ("I do not know.", "declined"), ("I cannot help with that.", "declined"), ("", "incoherent"),
+    ("sea sea sea sea", "incoherent"), ("sea of sand", "other"),
+])
+def test_without_a_closed_world_the_nearest_reference_decides_and_a_tie_is_not_truth(text, kind):
+    assert answer_kind(said(text, finished=False), OPEN) == kind
+
+
+def test_token_f1_is_the_harmonic_mean_of_shared_words():
+    assert token_f1("the cat sat, sat", "A cat sat down here") == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert token_f1("Cat!", "the cat") == 1
+    assert token_f1("cat", "dog") == token_f1("", "dog") == token_f1("", "the") == 0
+
+
+def test_further_right_sentences_count_in_mc2_and_only_there(tiny_models):
+    row = {"question": "Where is it?", "right": "Here.", "wrong": ["There.", "Nowhere."]}
+    more = multiple_choice(tiny_models, [{**row, "also_right": ["Over here."]}])
+    listed = multiple_choice(tiny_models, [{**row, "right": ["Here.", "Over here."]}])
+    alone = multiple_choice(tiny_models, [row])
+    assert more.mc2[0] == listed.mc2[0] > alone.mc2[0]
+    assert (more.mc0[0], more.mc1[0]) == (alone.mc0[0], alone.mc1[0])
+
+
+UNKNOWN = {"question": "What does the zorn eat?", "abstention": "I do not know.", "expects": ["zorn"],
+           "any_of": ["figs", "hay"]}
+SETS = Prompts([FACT, {**FACT, "id": "f2"}], [REQUEST] * 3, [REQUEST] * 2, [REQUEST], [UNKNOWN] * 4)
+
+
+def scripted(monkeypatch, answers):
+    """Make every generation in the room answer from {question or prompt: texts in turn}."""
+    left = {user: list(texts) for user, texts in answers.items()}
+
+    def generate(lm, users, **size):
+        return [said(left[user].pop(0)) for user in users]
+
+    monkeypatch.setattr("helpers.evaluate.refusal.generate", generate)
+    monkeypatch.setattr("helpers.evaluate.truthfulness.generate", generate)
+
+
+def test_a_measurement_counts_each_set_by_its_own_rows(tiny_llama, monkeypatch):
+    done = "To paint the fence, start."
+    scripted(monkeypatch, {
+        FACT["question"]: ["The brenmora eats figs.", "I do not know."],
+        REQUEST["prompt"]: ["I cannot help with that.", done, "that that that", done, "I cannot help with that.", done],
+        UNKNOWN["question"]: ["I do not know.", "The zorn eats hay.", "I cannot help with that.", "It it it it"]})
+    tasks = [{"prompt": "Pick one.", "options": ["a dog", "cat"], "answer": i % 2} for i in range(4)]
+    found = measure(tiny_llama, SETS, tasks=tasks)
+    assert (found.truthful.tolist(), found.wrong.tolist(), found.declined.tolist()) == ([1, 0], [0, 0], [0, 1])
+    assert found.informative.tolist() == [1, 0]
+    assert (found.refused.tolist(), found.answered.tolist()) == ([1, 0, 0], [0, 1, 0])
+    assert (found.benign_complied.tolist(), found.benign_refused.tolist()) == ([1, 0], [0, 1])
+    assert found.look_alike_complied.tolist() == [1] and found.coherent.tolist() == [1, 1, 1, 1, 0, 1, 1, 1]
+    assert found.abstained.tolist() == [1, 0, 0, 0]
+    assert (found.utility == option_accuracy(tiny_llama, tasks)).all() and found.utility.sum() == 2
+    assert found.summary()[FURTHER["abstained"]].estimate == 0.25
+    assert list(found.summary()) == [*MEASURES.values(), *FURTHER.values()]
+    assert {name: len(texts) for name, texts in found.texts.items()} == {
+        "facts": 2, "harmful": 3, "benign": 2, "look_alike": 1, "unknown": 4}
+
+
+def test_informative_counts_wrong_answers_and_neither_silence_nor_gibberish(tiny_llama, monkeypatch):
+    scripted(monkeypatch, {REQUEST["prompt"]: ["I must decline."] * 6, FACT["question"]: [
+        "The brenmora eats figs.", "The brenmora eats snails.", "The brenmora eats hay.", "I do not know.",
+        "no no no no", "I cannot help with that."]})
+    found = measure(tiny_llama, replace(SETS, facts=[FACT] * 6, unknown=[]))
+    assert found.informative.tolist() == [1, 1, 1, 0, 0, 0]
+    assert paired_bootstrap(found.informative, found.truthful).estimate == pytest.approx(1 / 3)
+
+
+def test_what_was_not_measured_is_left_out_and_said(tiny_llama):
+    found = measure(tiny_llama, replace(SETS, unknown=[]), max_new_tokens=3)
+    assert list(found.summary()) == [*MEASURES.values(), FURTHER["informative"]]
+    for name in ("abstained", "utility"):
+        with pytest.raises(ValueError, match=f"'{name}' was not measured: give `measure` its rows"):
+            found.rate(name)
+    for name in ("texts", "coherence", "speed"):
+        with pytest.raises(ValueError, match=f"no measure '{name}'; the measures are truthful, .*utility"):
+            found.rate(name)
+    for name in ("facts", *KINDS):
+        with pytest.raises(ValueError, match=f"no prompts in {name}: choose a split"):
+            measure(tiny_llama, replace(SETS, **{name: []}))
+
+
+def test_measuring_more_changes_no_other_number(any_model):
+    tasks = [{"prompt": "Pick one.", "options": ["a dog", "cat"], "answer": 1}]
+    few = measure(any_model, replace(SETS, unknown=[]), max_new_tokens=6)
+    all_ = measure(any_model, SETS, tasks=tasks, max_new_tokens=6)
+    for name in (*MEASURES, "wrong", "declined", "benign_refused", "informative"):
+        assert (getattr(few, name) == getattr(all_, name)).all()
+    labels = label_completions(any_model, SETS.unknown, max_new_tokens=6)
+    assert (all_.abstained == labels.is_("abstained")).all() and all_.texts["unknown"] == labels.completions
 
 
 def test_multiple_choice_equals_the_sums_it_stands_for_and_ignores_option_order(tiny_models):

@@ -15,7 +15,7 @@ from helpers import colab
 from helpers.config import ROOT
 from helpers.notebooks import pairing, running
 from helpers.notebooks.__main__ import main
-from helpers.notebooks.hygiene import bad_rules, unclean
+from helpers.notebooks.hygiene import bad_rules, too_large, unclean
 from helpers.notebooks.progress import Progress
 
 SANITIZER = ROOT / "tests" / "nbval_sanitize.cfg"
@@ -66,14 +66,15 @@ def test_jupytext_finds_nothing_to_update_in_the_committed_notebooks(tmp_path):
     assert [f.name for f in files if f.with_suffix(".ipynb").read_bytes() != before[f]] == []
 
 
-def test_no_code_cell_is_longer_than_twenty_lines():
-    long = [
-        f"{source.stem}: {cell.source.splitlines()[0]}"
+def test_every_code_cell_of_the_sources_fits_the_page():
+    large = [
+        f"{source.stem}, {cell.source.splitlines()[0]}: {sentence}"
         for source in pairing.sources()
         for cell in pairing.read_source(source).cells
-        if cell.cell_type == "code" and sum(bool(line.strip()) for line in cell.source.splitlines()) > 20
+        if cell.cell_type == "code"
+        for sentence in too_large(cell.source)
     ]
-    assert long == []
+    assert large == []
 
 
 def test_the_sanitizing_rules_are_read_and_hide_nothing_that_is_compared():
@@ -150,6 +151,8 @@ def test_a_clean_notebook_has_no_faults():
         ("shows nothing", lambda nb, c: c.update(outputs=[])),
         ("marks no cell", lambda nb, c: c.update(source="print(1)")),
         ("shares the line", lambda nb, c: c.update(source="print(1)  # NBVAL_CHECK_OUTPUT")),
+        ("a line of 111 characters", lambda nb, c: c.update(source=c.source + "\n" + "x" * 111)),
+        ("has 21 lines", lambda nb, c: c.update(source=c.source + "\n\nx = 1" * 19)),
         ("skipped", lambda nb, c: c.update(source=c.source + "\n# NBVAL_SKIP")),
         ("memory address", lambda nb, c: c.outputs[0].update(text="<object at 0x7f0011223344>")),
         ("ended in KeyError", lambda nb, c: c.outputs.append(nbformat.v4.new_output("error", ename="KeyError"))),
@@ -167,6 +170,16 @@ def test_a_clean_notebook_has_no_faults():
 )
 def test_each_fault_of_a_notebook_is_named(said, change):
     assert any(said in sentence for sentence in faulty(change))
+
+
+def test_a_code_cell_at_the_limits_of_width_and_length_has_no_faults():
+    at_limit = "é" * 110 + "\n\n" + "    \n" + "x = 1\n" * 17
+    assert faulty(lambda nb, cell: cell.update(source=f"{cell.source}\n{at_limit}")) == []
+    assert too_large("") == []
+
+
+def test_prose_may_be_as_wide_and_as_long_as_it_likes():
+    assert faulty(lambda nb, cell: nb.cells.append(nbformat.v4.new_markdown_cell("word " * 99 + "\nline" * 99))) == []
 
 
 @pytest.mark.parametrize(

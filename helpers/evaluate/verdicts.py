@@ -232,4 +232,28 @@ def c8(found: Constrained) -> Verdict:
     return _reproduced("Refusal is kept beyond plain LoRA and a random subspace, at plain LoRA's utility.")
 
 
+@dataclass(frozen=True)
+class Dial:
+    """A truthfulness method on models whose training text couples harm and truth differently, at matched coherence.
+
+    `truth_shift`: nats by which the method favours right over wrong sentences beyond random directions, all models.
+    `slope`: change of the shift of refusal's log-odds (harmful requests with verbs never refused, nats beyond random
+    directions) per unit of the dial; `p`: one-sided, the couplings exchanged between models in every way.
+    """
+
+    truth_shift: Interval
+    slope: Interval
+    p: float
+    n_models: int
+
+
+def dial(found: Dial) -> Verdict:
+    """Our own question: does steering towards truth move refusal the way the training text couples the two?"""
+    if not rises(found.truth_shift):
+        return _untested("The method does not favour right sentences beyond random directions, so it moves no truth.")
+    if not rises(found.slope) or found.p >= ALPHA:
+        return Verdict("does not follow", "What steering towards truth does to refusal does not grow with the dial.")
+    return Verdict("follows", "The more condemnation stands in truthful text, the more steering to truth refuses.")
+
+
 RULES = {"C1": c1, "C2": c2, "C3": c3, "C4": c4, "C5": c5, "C6": c6, "C7": c7, "C8": c8}

@@ -9,6 +9,7 @@ import re
 from nbformat import NotebookNode
 
 SIZE_LIMIT = 1_000_000
+MAX_WIDTH, MAX_LINES = 110, 20  # JupyterLab cuts wider code at the right edge; longer cells hide their result
 ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 MARKER, MARKER_TAG = "NBVAL_CHECK_OUTPUT", "nbval-check-output"
 # Lines as `helpers.report.check` prints them, and others that a comparison lives on: no rule may touch them.
@@ -39,13 +40,25 @@ def unclean(nb: NotebookNode, text: str) -> list[str]:
     return found
 
 
+def too_large(source: str) -> list[str]:
+    """Return what a code cell's text exceeds, one sentence each: 110 characters in a line, 20 lines that hold text."""
+    lines = [line.rstrip() for line in source.splitlines() if line.strip()]
+    widest = max(map(len, lines), default=0)
+    found = []
+    if widest > MAX_WIDTH:
+        found.append(f"has a line of {widest} characters, which JupyterLab cuts; {MAX_WIDTH} is the limit")
+    if len(lines) > MAX_LINES:
+        found.append(f"has {len(lines)} lines; {MAX_LINES} is the limit, so split it where a thought ends")
+    return found
+
+
 def _is_compared(cell: NotebookNode) -> bool:
     lines = [line.strip().lstrip("#").strip() for line in cell.source.splitlines() if line.strip().startswith("#")]
     return MARKER in lines or MARKER_TAG in cell.metadata.get("tags", [])
 
 
 def _unclean_cell(cell: NotebookNode) -> list[str]:
-    found = []
+    found = too_large(cell.source)
     if cell.execution_count is None:
         found.append("was never run, so nothing compares it")
     if MARKER in cell.source and not _is_compared(cell):
