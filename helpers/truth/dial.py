@@ -1,0 +1,181 @@
+"""The dial experiment: every truthfulness method on every embedded model, measured prompt by prompt and kept in a file.
+
+``python -m helpers.truth.dial`` measures each coupling and training seed that is here and writes
+``data/results/dial/<coupling>-<seed>.json``; what is stored already is not computed again, and a killed run goes on
+with the models that are missing. Everything is fitted on "fit" rows and chosen on "val" rows; "test" rows are read at
+every strength but choose nothing. `helpers.truth.coupling` turns the files into intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers.config import PROFILES, ROOT, Profile, population
+from helpers.evaluate.behaviour import Behaviour, Prompts, measure, misconceptions, prompts
+from helpers.evaluate.behaviour import tasks as task_rows
+from helpers.evaluate.judges import refusal_log_odds
+from helpers.evaluate.truthfulness import free_answers, multiple_choice
+from helpers.evaluate.verdicts import MIN_COHERENCE
+from helpers.models import LoadedModel, load_model
+from helpers.store import cached_json, code_version, fingerprint, write_json
+from helpers.truth import iti, rank_one, truthx
+from helpers.truth.intervention import Intervention
+from helpers.truth.prompting import Instruction
+
+RESULTS = ROOT / "data" / "results" / "dial"
+CONTROL_SEEDS = (0, 1, 2)
+N_TASKS = 20  # of each task, for the utility of a steered model
+MARKS = ("truthful", "wrong", "declined", "refused", "answered", "benign_complied", "benign_refused",
+         "look_alike_complied", "abstained", "utility", "coherent")  # fmt: skip
+ITI_GRID = tuple((n, direction) for n in (4, 12, 24) for direction in ("mass_mean", "probe"))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the experiment asks: facts to fit on, prompts to choose on and to report on, and how answers are written."""
+
+    facts: list[dict]
+    val: Prompts
+    test: Prompts
+    tasks: list[dict]
+    size: dict[str, int]
+
+    @classmethod
+    def of(cls, p: Profile) -> Asked:
+        """All prompts of the embedded world; of benchmarks at most the profile's `n_prompts` of each set."""
+        n = None if p.data == "organism" else p.n_prompts
+        size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
+        sets = (prompts(split, n, p.data) for split in ("val", "test"))
+        return cls(misconceptions("fit", n, p.data), *sets, task_rows("test", N_TASKS, p.data), size)
+
+
+def fit_iti(lm: LoadedModel, asked: Asked, strengths: Sequence[float]) -> iti.Iti:
+    """ITI with the number of heads and the kind of direction under which val facts are answered most truthfully."""
+    best: tuple[tuple[float, float], iti.Iti] | None = None
+    for n_heads, direction in ITI_GRID:
+        tried = iti.fit(lm, asked.facts, n_heads=n_heads, direction=direction)
+        for strength in strengths:
+            with tried.apply(lm, strength):
+                truthful = free_answers(lm, asked.val.facts, **asked.size).is_("truthful").mean()
+            if best is None or (truthful, -n_heads) > best[0]:
+                best = (truthful, -n_heads), tried
+    return best[1]
+
+
+METHODS: dict[str, tuple[tuple[float, ...], Callable[..., Intervention]]] = {
+    "ITI": ((1.0, 2.0, 3.0, 5.0, 7.0, 10.0), fit_iti),
+    "TruthX": ((0.05, 0.1, 0.2, 0.4, 0.8, 1.6), lambda lm, asked, strengths: truthx.fit(lm, asked.facts)),
+    "rank-1": ((-4.0, -2.0, 1.0, 2.0, 4.0, 8.0), lambda lm, asked, strengths: rank_one.fit(lm, asked.facts)),
+    "prompt": ((1.0,), lambda lm, asked, strengths: Instruction()),
+}
+"""Per method its strengths (units in its docstring; negative ones steer against truth) and how it is fitted."""
+
+
+def bits(behaviour: Behaviour) -> dict[str, str]:
+    """One character per prompt and measure, "1" for yes: small enough to be committed."""
+    return {name: "".join("01"[int(x)] for x in getattr(behaviour, name)) for name in MARKS}
+
+
+def shares(behaviour: Behaviour) -> dict[str, float]:
+    """The means of the measures, and `worst`: the coherence of the worst set of prompts."""
+    taken = {name: getattr(behaviour, name) for name in MARKS}
+    return {name: float(x.mean()) for name, x in taken.items() if len(x)} | {"worst": behaviour.coherence}
+
+
+def inclinations(lm: LoadedModel, rows: Prompts) -> dict[str, list[float]]:
+    """What a model leans to, in nats and finer than its greedy answers: per harmful and benign request the log-odds of
+    a refusal, and per fact log P(right sentence) − log P(the myth's).
+    """
+    refusals = sorted({row["refusal"] for row in rows.harmful})
+    asked = {"harmful": rows.harmful, "benign": rows.benign}
+    found = {name: refusal_log_odds(lm, [r["prompt"] for r in part], refusals) for name, part in asked.items()}
+    scored = multiple_choice(lm, [row | {"wrong": row["wrong"][:1]} for row in rows.facts]).logprobs
+    values = {name: odds.tolist() for name, odds in found.items()} | {"truth": [float(s[0] - s[1]) for s in scored]}
+    return {name: [round(x, 3) for x in one] for name, one in values.items()}
+
+
+def look(lm: LoadedModel, asked: Asked, closely: bool) -> dict[str, Any]:
+    """One point of the experiment on test prompts: bits, and the inclinations where looked at closely."""
+    point: dict[str, Any] = {"bits": bits(measure(lm, asked.test, tasks=asked.tasks, **asked.size))}
+    return point | {"nats": inclinations(lm, asked.test)} if closely else point
+
+
+def pick(on_val: Mapping[float, Mapping[str, float]]) -> dict[str, float | None]:
+    """Strengths chosen on val among those that stay coherent: "chosen", the most truthful one (the weaker of equals);
+    "matched", the strongest one, at which methods are compared at equal coherence; "against", the strongest one that
+    steers against truth. None where none stays coherent.
+    """
+    coherent = [s for s, share in on_val.items() if share["worst"] >= MIN_COHERENCE]
+    towards, against = [s for s in coherent if s > 0], [s for s in coherent if s < 0]
+    chosen = max(towards, key=lambda s: (on_val[s]["truthful"], -s), default=None)
+    return {"chosen": chosen, "matched": max(towards, default=None), "against": min(against, default=None)}
+
+
+def run_method(lm: LoadedModel, name: str, asked: Asked) -> dict[str, Any]:
+    """Fit one method, sweep it on val and test, and measure its control at the strengths that val chose."""
+    strengths, make = METHODS[name]
+    began = time.perf_counter()
+    method = make(lm, asked, strengths)
+    seconds, on_val, on_test, controls = time.perf_counter() - began, {}, {}, {}
+    for strength in strengths:
+        with method.apply(lm, strength):
+            on_val[strength] = shares(measure(lm, asked.val, **asked.size))
+    picked = pick(on_val)
+    close = {s for s in picked.values() if s is not None}
+    for strength in strengths:
+        with method.apply(lm, strength):
+            on_test[strength] = look(lm, asked, strength in close)
+    for strength in sorted(close):
+        controls[strength] = []
+        for seed in CONTROL_SEEDS:
+            with method.random_like(seed).apply(lm, strength):
+                controls[strength].append(look(lm, asked, True))
+    return {"fit_seconds": round(seconds, 1), "heads": getattr(method, "heads", ()), "val": on_val, **picked,
+            "test": on_test, "controls": controls}  # fmt: skip
+
+
+def run(p: Profile) -> dict[str, Any]:
+    """Every method on the profile's model, from the store where it has been measured already."""
+    asked = Asked.of(p)
+    key = {"model": fingerprint(p.model), "methods": {name: s for name, (s, _) in METHODS.items()}, "asked": asked}
+
+    def make() -> dict[str, Any]:
+        began = time.perf_counter()
+        lm = load_model(p.model, device=p.device, dtype=p.dtype)
+        found = {"plain": look(lm, asked, True), "val": shares(measure(lm, asked.val, **asked.size))}
+        found["methods"] = {name: run_method(lm, name, asked) for name in METHODS}
+        made = {"model": p.model, "weights": fingerprint(p.model), "code_version": code_version()}
+        return made | {"seconds": round(time.perf_counter() - began)} | found
+
+    return cached_json("dial", key, make)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: which models (``default-1 reversed-0``; all by default), ``--workers``, ``--out``."""
+    parser = argparse.ArgumentParser(description="Measure truthfulness methods on the embedded models.")
+    parser.add_argument("models", nargs="*", help="COUPLING-SEED, by default every one that is here")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    there = {f"{coupling}-{seed}": path for (coupling, seed), path in population().items()}
+    if unknown := set(args.models) - set(there):
+        parser.error(f"there is no model {', '.join(sorted(unknown))}; these are here: {', '.join(there)}")
+    wanted = args.models or list(there)
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        jobs = [replace(PROFILES["organism"], model=there[name]) for name in wanted]
+        for name, found in zip(wanted, pool.map(run, jobs), strict=True):
+            write_json(args.out / f"{name}.json", found)
+            print(f"{name}: {found['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
