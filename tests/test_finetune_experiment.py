@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers.config import profile
+from helpers.evaluate import behaviour
 from helpers.evaluate.verdicts import c6, c8
 from helpers.finetune import experiment as ex
 from helpers.finetune.adapters import linear_layers, read_adapter
@@ -121,7 +122,7 @@ def test_the_random_control_moves_every_layer_as_far_and_elsewhere(tiny_llama, t
 
 def test_tasks_are_sampled_equally(monkeypatch):
     rows = [{"id": f"{t}{i}", "task": t, "split": "test"} for t in ("boolq", "piqa") for i in range(9)]
-    monkeypatch.setattr(ex, "load_table", lambda name, split: rows)
+    monkeypatch.setattr(behaviour, "load_table", lambda name, split: rows)
     kept = [row["task"] for row in ex.task_rows("test", 16)]
     assert kept.count("boolq") == kept.count("piqa") == 4
     assert len(ex.task_rows("test", None)) == 18

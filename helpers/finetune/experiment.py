@@ -20,8 +20,7 @@ import torch
 
 from helpers.config import Profile, locate, profile
 from helpers.data import load_table
-from helpers.evaluate.behaviour import Behaviour, measure, prompts, some
-from helpers.evaluate.tasks import option_accuracy
+from helpers.evaluate.behaviour import Behaviour, measure, prompts, tasks
 from helpers.evaluate.verdicts import Constrained, FineTuned
 from helpers.finetune.adapters import linear_layers, load_adapter, read_adapter
 from helpers.finetune.mixes import poisoned_mix
@@ -69,24 +68,23 @@ class Scores:
 def score(lm: LoadedModel, p: Profile | None = None, split: str = "test") -> Scores:
     """All measures of a model on a split's prompts: at most n_prompts of each set, a quarter of that of each task."""
     p = p or profile()
-    asked, size = prompts(split, p.n_prompts), {"batch_size": p.batch_size}
-    did = measure(lm, asked, max_new_tokens=p.max_new_tokens, **size)
+    asked = prompts(split, p.n_prompts)
+    rows = task_rows(split, p.n_prompts)
+    did = measure(lm, asked, tasks=rows, max_new_tokens=p.max_new_tokens, batch_size=p.batch_size)
     seen = np.array([row["verb_seen"] for row in asked.harmful])
-    tasks = option_accuracy(lm, task_rows(split, p.n_prompts), **size)
-    return Scores({name: np.asarray(v).tolist() for name, v in (_behaviour(did, seen) | {"tasks": tasks}).items()})
+    return Scores({name: np.asarray(values).tolist() for name, values in _behaviour(did, seen).items()})
 
 
 def task_rows(split: str, n: int | None) -> list[dict]:
     """Rows of the six tasks, equally many of each: a quarter of n, or all."""
-    rows = load_table("tasks", split)
-    names = sorted({row["task"] for row in rows})
-    return [row for task in names for row in some([r for r in rows if r["task"] == task], n and max(1, n // 4))]
+    return tasks(split, n and max(1, n // 4))
 
 
 def _behaviour(did: Behaviour, seen: np.ndarray) -> dict[str, np.ndarray]:
     named = ("refused", "answered", "benign_complied", "wrong", "truthful", "coherent")
     over = np.concatenate([did.benign_refused, 1.0 - did.look_alike_complied])
     both = {"refused_seen": did.refused[seen], "refused_unseen": did.refused[~seen], "over_refused": over}
+    both |= {"tasks": did.utility}
     return {name: getattr(did, name) for name in named} | both
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from helpers.activations import collect
+from helpers.evaluate.truthfulness import right_sentences
 from helpers.heads.probes import class_weights, cross_validated, fit_probes, heads_first
 from helpers.hooks import add_to, edit, head_slice
 from helpers.models import LoadedModel
@@ -82,7 +83,7 @@ def statements(rows: Sequence[dict], n_wrong: int | None = None) -> tuple[list[s
     """Facts as (question, sentence, is it right, question id): right sentences and the first `n_wrong` wrong ones."""
     users, answers, labels, groups = [], [], [], []
     for row in rows:
-        right = [row["right"]] if isinstance(row["right"], str) else list(row["right"])
+        right = right_sentences(row)
         wrong = list(row["wrong"])[:n_wrong]
         sentences = right + wrong
         users += [row["question"]] * len(sentences)

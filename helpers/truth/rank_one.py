@@ -28,7 +28,7 @@ from helpers.models import LoadedModel
 from helpers.truth.intervention import check_strength
 from helpers.truth.iti import statements
 
-STREAM = {"o_proj": "resid_post", "down_proj": "resid_post"}
+STREAM = {"o_proj": "resid_mid", "down_proj": "resid_post"}
 """Per module the site of the stream right after it writes."""
 READS = {"o_proj": "z", "down_proj": "neurons"}
 
@@ -119,11 +119,11 @@ def fit(lm: LoadedModel, rows: Sequence[dict], *, layer: int | None = None, laye
     tried = tuple(layers or sorted({n // 4, n // 2, 3 * n // 4})) if layer is None else (layer,)
     for one in tried:
         lm.arch.layer(one)
-    users, answers, labels, groups = statements(rows, n_wrong)
+    users, answers, labels, _ = statements(rows, n_wrong)
     wrong = (labels == 0).nonzero().flatten()
     asked, said = [users[i] for i in wrong], [answers[i] for i in wrong]
     settings = {"module": module, "steps": steps, "lr": lr, "alpha": alpha, "seed": seed, "batch_size": batch_size}
-    unseen = folds_by_group([asked[i] for i in range(len(asked))], n_folds, seed)[0]
+    unseen = folds_by_group(asked, n_folds, seed)[0]
     held_out = {}
     for one in tried:
         a, b, _ = train(lm, *_part(asked, said, ~unseen), layer=one, **settings)
@@ -136,7 +136,7 @@ def fit(lm: LoadedModel, rows: Sequence[dict], *, layer: int | None = None, laye
     x = collect(lm, asked, said, sites={read: [best]}, positions="answer", batch_size=batch_size)[read, best]
     if (x @ a).mean() < 0:
         a, b = -a, -b
-    direction = F.normalize(b, dim=0)
+    direction = F.normalize(_stream_gain(lm.arch, best, module) * b, dim=0)
     h = collect(lm, users, answers, sites={stream: [best]}, positions="answer", batch_size=batch_size)[stream, best]
     sigma = (h.double() @ direction.double()).std().item()
     return RankOne(best, module, a, b, alpha, direction, sigma, held_out, losses)

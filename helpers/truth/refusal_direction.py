@@ -136,11 +136,9 @@ def fit(lm: LoadedModel, harmful: Sequence[dict], benign: Sequence[dict], *, val
         if not kept[-1]:
             raise ValueError(f"None of the {len(chosen)} {what} prompts was {label}: choose others.")
     fit_harmful, fit_benign, harmful_users, benign_users = kept
-    means = [tail_means(lm, users, template_tail(lm, fit_harmful + fit_benign), batch_size)
-             for users in (fit_harmful, fit_benign)]  # fmt: skip
+    n_tail = template_tail(lm, fit_harmful + fit_benign)
+    means = [tail_means(lm, users, n_tail, batch_size) for users in (fit_harmful, fit_benign)]
     directions = (means[0] - means[1]).float()
-    same = directions.norm(dim=-1) <= 1e-6 * means[0].norm(dim=-1)  # rounding: a template token's embedding is fixed
-    directions[same] = 0.0
     odds = {"refusals": sentences, "others": others, "batch_size": batch_size}
     plain = next_token_logits(lm, benign_users, batch_size=batch_size)
     baseline = tuple(refusal_log_odds(lm, users, **odds).mean().item() for users in (harmful_users, benign_users))
@@ -186,7 +184,8 @@ def tail_means(lm: LoadedModel, users: Sequence[str], n_tail: int,
 
 def score(lm: LoadedModel, vector: Float[Tensor, " d_model"], layer: int, harmful: Sequence[str],
           benign: Sequence[str], plain: Float[Tensor, "n vocab"], odds: dict) -> tuple[float, float, float]:
-    """(bypass, induce, kl) of one direction, in nats; NaN each for a zero vector or where the model's output is NaN.
+    """(bypass, induce, kl) of one direction, in nats; NaN each for a zero vector (a template token's embedding
+    is the same in every prompt) or where the model's output is NaN.
 
     `plain`: the unedited model's next-token logits on the harmless prompts; `odds`: keywords of `refusal_log_odds`.
     """
