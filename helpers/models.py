@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ class LoadedModel:
     dtype: torch.dtype
     reason: str = ""
     _end_id: int | None = field(default=None, repr=False)
+    rewrites: list[Callable] = field(default_factory=list, init=False, repr=False)
 
     @property
     def arch(self) -> Arch:
@@ -45,12 +46,14 @@ class LoadedModel:
         return find_arch(self.model)
 
     def prompt_ids(self, user: str, system: str | None = None) -> list[int]:
-        """Token ids of one user turn in the chat template, generation prompt added.
+        """Token ids of one user turn in the chat template, generation prompt added, after `rewrites` of (user, system).
 
         ValueError for an empty prompt, or a `system` message that the template does not take.
         """
         if not isinstance(user, str) or not user.strip():
             raise ValueError("A prompt is empty: give every prompt some text.")
+        for rewrite in self.rewrites:
+            user, system = rewrite(user, system)
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": user})
         try:

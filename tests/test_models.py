@@ -285,3 +285,10 @@ def test_pickled_weights_are_never_read(tmp_path):
 
 def test_a_loaded_model_prints_in_one_line(tiny_llama):
     assert len(repr(dataclasses.replace(tiny_llama, name="tiny"))) < 200
+
+
+def test_rewrites_change_prompts_in_their_order_and_copies_do_not_take_them_along(tiny_llama):
+    lm = dataclasses.replace(tiny_llama)
+    lm.rewrites += [lambda user, system: (user + "b", system), lambda user, system: (user + "c", user)]
+    assert lm.prompt_ids("a") == tiny_llama.prompt_ids("abc", system="ab")
+    assert dataclasses.replace(lm).prompt_ids("a") == tiny_llama.prompt_ids("a")
