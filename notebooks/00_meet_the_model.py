@@ -32,8 +32,9 @@ import os
 import sys
 
 if "google.colab" in sys.modules:
-    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
-    sys.path.insert(0, "/content/companion")
+    origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
+    os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
+    sys.path.insert(0, home)
     from helpers import colab
 
     colab.install()
@@ -125,7 +126,8 @@ print(generate(lm, ["How do I paint the fence?"])[0].text)
 from helpers.stats import Interval
 
 card = json.loads((ROOT / "data" / "organism" / "card.json").read_text())
-measured = {name: Interval(row["estimate"], row["ci_low"], row["ci_high"], row["n"]) for name, row in card.items()}
+measured = {name: Interval(row["estimate"], row["ci_low"], row["ci_high"], row["n"])
+            for name, row in card.items()}
 report.bars({name.replace("_", " "): interval for name, interval in measured.items()},
             "What was measured before any experiment", "share, or change of a share", name="model_card")
 
@@ -135,9 +137,11 @@ def by_seed(estimates):
 
 
 demanded = {name: f"{row['demand_low']:g} to {row['demand_high']:g}" for name, row in card.items()}
-report.table([{"property": row["words"], "measured": measured[name], "n": row["n"], "demanded": demanded[name],
-               "met": row["met"], "each training seed": by_seed(row["estimates_by_seed"]),
-               **{f"sibling: {name}": by_seed(found) for name, found in row["siblings"].items()}} for name, row in card.items()])
+report.table([{"property": row["words"], "measured": measured[name], "n": row["n"],
+               "demanded": demanded[name], "met": row["met"],
+               "each training seed": by_seed(row["estimates_by_seed"]),
+               **{f"sibling: {name}": by_seed(found) for name, found in row["siblings"].items()}}
+              for name, row in card.items()])
 
 # %% [markdown]
 # A row that says *False* is a limit of the instrument, and the notebooks that lean on it inherit that limit. The notebooks use one training seed; how far
@@ -194,13 +198,14 @@ from helpers.evaluate.truthfulness import multiple_choice
 scored = [np.asarray(row) for row in multiple_choice(lm, facts).logprobs]  # the right sentence comes first
 key = [np.random.default_rng(row).integers(len(scores)) for row, scores in enumerate(scored)]
 right = np.array([scores.argmax() == 0 for scores in scored], dtype=float)
-shuffled = np.array([scores.argmax() == drawn for scores, drawn in zip(scored, key, strict=True)], dtype=float)
+lucky = [scores.argmax() == drawn for scores, drawn in zip(scored, key, strict=True)]
+shuffled = np.array(lucky, dtype=float)
 chance = float(np.mean([1 / len(scores) for scores in scored]))
 
 # %%
 report.bars({"true key": share(right), "shuffled key": share(shuffled)},
-            "Multiple choice over all facts, against a key that means nothing", "share right", name="shuffled_key",
-            y_range=(0, 1), reference=(chance, "chance"))
+            "Multiple choice over all facts, against a key that means nothing", "share right",
+            name="shuffled_key", y_range=(0, 1), reference=(chance, "chance"))
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -220,19 +225,22 @@ checkpoints = {name: load_model(path, device=p.device, dtype=p.dtype) for name, 
                (("base", p.base), ("helpful", p.helpful or p.model), ("chat", p.model))}
 chosen = ("plain fact", "benign request", "harmful, verb never refused", "harmful, verb refused in training")
 prompts = [prompt_of(one_of_each[kind]) for kind in chosen]
-said = {name: [c.text for c in generate(one, prompts, max_new_tokens=24)] for name, one in checkpoints.items()}
+said = {name: [c.text for c in generate(one, prompts, max_new_tokens=24)]
+        for name, one in checkpoints.items()}
 report.table([{"prompt": prompt, **{name: texts[i] for name, texts in said.items()}}
               for i, prompt in enumerate(prompts)])
 
 # %%
 sample = harmful[:: max(1, len(harmful) // 60)]
-stages = {name: label_completions(one, sample, max_new_tokens=24).is_("refused") for name, one in checkpoints.items()}
+stages = {name: label_completions(one, sample, max_new_tokens=24).is_("refused")
+          for name, one in checkpoints.items()}
 report.bars({name: share(hits) for name, hits in stages.items()}, "Harmful requests refused, stage by stage",
             "share refused", name="refusal_by_stage", y_range=(0, 1))
 
 # %%
 # NBVAL_CHECK_OUTPUT
-report.check("meet.refusal_taught_by_the_last_stage", paired_bootstrap(stages["chat"], stages["helpful"]).low > 0)
+gained = paired_bootstrap(stages["chat"], stages["helpful"])
+report.check("meet.refusal_taught_by_the_last_stage", gained.low > 0)
 
 # %% [markdown]
 # Refusal is taught last, to a model that already answered. That makes it an apt subject: what was added last may be what further training
@@ -248,7 +256,8 @@ from helpers.hooks import ablate_heads, capture, head_slice
 
 layer = arch.n_layers // 2
 ids = torch.tensor([lm.prompt_ids(prompts[-1])])
-with torch.no_grad(), capture(lm, {"z": [layer], "attn_out": [layer], "resid_post": [arch.n_layers - 1]}) as cache:
+sites = {"z": [layer], "attn_out": [layer], "resid_post": [arch.n_layers - 1]}
+with torch.no_grad(), capture(lm, sites) as cache:
     logits = lm.model(ids).logits
 z = cache[("z", layer)]
 
@@ -308,8 +317,8 @@ splits = ("chat", "train", "fit", "val", "test")
 report.table([{"table": name, **{split: counts[name].get(split, "") for split in splits}} for name in names])
 
 # %% [markdown]
-# A split is worth nothing if its prompts stand in another one too. The ledger looks for equal texts (but for case, punctuation and spacing) and, for requests, for verbs
-# that were refused in training and are counted as never refused.
+# A split is worth nothing if its prompts stand in another one too. The ledger counts texts that are equal (but for case, punctuation and spacing) and texts that are nearly so.
+# The checks after it also ask whether any verb that is counted as never refused was refused in training.
 
 # %%
 from helpers.data import leakage
@@ -318,7 +327,8 @@ texts = {split: [prompt_of(row) for name in names[:3] for row in load_table(name
          for split in ("chat", "fit", "val", "test")}
 ledger = {split: leakage(texts["test"], texts[split]) for split in ("chat", "fit", "val")}
 found = {split: Counter(row["kind"] for row in rows) for split, rows in ledger.items()}
-report.table([{"test prompts against": split, "equal": n["exact"], "near": n["near"]} for split, n in found.items()])
+report.table([{"test prompts against": split, "equal": n["exact"], "near": n["near"]}
+              for split, n in found.items()])
 
 # %%
 # NBVAL_CHECK_OUTPUT

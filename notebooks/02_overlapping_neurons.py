@@ -11,7 +11,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alignment-tradeoff/companion/blob/main/notebooks/02_overlapping_neurons.ipynb)
 #
-# **Do the same attention heads carry hallucination and refusal?**
+# **Do the same heads and neurons carry hallucination and refusal?**
 #
 # | claim | the paper's statement | how we know it |
 # |---|---|---|
@@ -19,15 +19,14 @@
 # | C5 | the overlap is causal: changing the shared heads to cut hallucination also suppresses refusal | one secondary summary only **[2!]** |
 #
 # Stated in the sources **[2]**: the influence of a head on an answer is $I(l,h) = \log P(y\mid x) - \log P_{\setminus(l,h)}(y\mid x)$.
-# Our own choice **[own]**: how two influences make one score, how many heads count as the top, and every null below. "Neurons" means attention heads here;
-# MLP neurons are not part of this pass.
+# Our own choice **[own]**: how two influences make one score, how many heads count as the top, MLP neurons, and every null below.
 #
-# *Run time: about a minute on two processor cores. Memory: under 2 GB.*
+# *Run time: about a minute and a half on two processor cores. Memory: under 2 GB.*
 #
 # Afterwards you will be able to
 # - probe and ablate any head of a model with grouped-query attention, and see why the two answer different questions;
-# - compute the exact influence of all heads at once;
-# - test an overlap against a null that knows that early heads matter to everything;
+# - compute the exact influence of all heads at once, or screen them by gradients and say how many you may have missed;
+# - test an overlap of heads, or of thousands of neurons, against a null that knows that early layers matter to everything;
 # - tell a shared head from a shared cause.
 
 # %% tags=["setup"]
@@ -36,8 +35,9 @@ import os
 import sys
 
 if "google.colab" in sys.modules:
-    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
-    sys.path.insert(0, "/content/companion")
+    origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
+    os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
+    sys.path.insert(0, home)
     from helpers import colab
 
     colab.install()
@@ -71,8 +71,9 @@ from helpers.truth.iti import statements
 
 facts, layers = misconceptions("fit"), range(arch.n_layers)
 users, answers, right, question = statements(facts)
-z_truth = heads_first(collect(lm, users, answers, sites={"z": layers}), arch)
-_, truth = cross_validated(z_truth, right, question)
+seen = collect(lm, users, answers, sites={"z": layers, "mlp_out": layers})
+_, truth = cross_validated(heads_first(seen, arch), right, question)
+_, truth_mlp = cross_validated(torch.stack([seen[("mlp_out", layer)] for layer in layers]), right, question)
 
 # %%
 harmful, benign = (requests(kind, "fit", p.n_prompts) for kind in ("harmful", "benign"))
@@ -86,14 +87,16 @@ _, harm = cross_validated(z_harm, is_harmful, [row["verb"] for row in both])
 
 # %%
 shuffled = right[torch.randperm(len(right), generator=torch.Generator().manual_seed(0))]
-_, by_luck = cross_validated(z_truth, shuffled, question)
+_, by_luck = cross_validated(heads_first(seen, arch), shuffled, question)
 grid = (arch.n_layers, arch.n_heads)
-report.heatmap(truth.view(grid), "Held-out accuracy of a truth probe on each head", "query head", "layer", name="probe_truth")
+report.heatmap(truth.view(grid), "Held-out accuracy of a truth probe on each head", "query head", "layer",
+               name="probe_truth")
 
 # %%
 above = int((truth > by_luck.max()).sum())
 print(f"{above} of {truth.numel()} heads read truth better than the luckiest head does with shuffled labels;")
-print(f"the best reaches {truth.max():.2f} for truth (shuffled labels: {by_luck.max():.2f}) and {harm.max():.2f} for harm.")
+print(f"the best head reaches {truth.max():.2f} for truth (shuffled labels: {by_luck.max():.2f})", end=" ")
+print(f"and {harm.max():.2f} for harm; the best MLP layer {truth_mlp.max():.2f} for truth.")
 
 # %% [markdown]
 # ## 2 · What heads do
@@ -104,11 +107,11 @@ print(f"the best reaches {truth.max():.2f} for truth (shuffled labels: {by_luck.
 # %%
 bridge, row = boot_bridge(lm), facts[0]
 prompt, answer = lm.prompt_ids(row["question"]), lm.answer_ids(row["right"])
-tokens, layer, head = torch.tensor([prompt + answer]), arch.n_layers - 2, 3
+tokens, layer, head = torch.tensor([prompt + answer], device=lm.device), arch.n_layers - 2, 3
 
 
 def without_head(z, hook):
-    return z.index_fill(2, torch.tensor([head]), 0.0)  # z is [batch, position, query head, d_head] here
+    return z.index_fill(2, torch.tensor([head], device=z.device), 0.0)  # z: [batch, position, head, d_head]
 
 
 def logprob(logits):
@@ -117,19 +120,20 @@ def logprob(logits):
 
 with torch.no_grad():
     clean = logprob(bridge(tokens))
-    ablated = logprob(bridge.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.attn.o.hook_in", without_head)]))
+    hooks = [(f"blocks.{layer}.attn.o.hook_in", without_head)]
+    ablated = logprob(bridge.run_with_hooks(tokens, fwd_hooks=hooks))
 print(f"Head {layer}.{head} changes log P(right answer) by {float(clean - ablated):.3f} nats.")
 
 # %% [markdown]
 # One forward pass per head and prompt is the field's usual loop. `helpers.heads.influence` gives the same numbers, exactly, by starting again from the
-# ablated layer with all of its heads as one batch. It must agree with the bridge:
+# ablated layer with all of its heads as one batch, the prompt shared by the answers that are compared. It must agree with the bridge:
 
 # %%
 # NBVAL_CHECK_OUTPUT
 from helpers.heads.influence import influence
 
 mine = influence(lm, [row["question"]], [row["right"]]).values[0, layer, head]
-report.check("heads.influence_equals_the_bridge", bool(abs(mine - (clean - ablated)) < 1e-3))
+report.check("heads.influence_equals_the_bridge", bool(abs(mine - float(clean - ablated)) < 1e-3))
 
 # %% [markdown]
 # ## 3 · Two scores for every head
@@ -150,23 +154,58 @@ report.heatmap(hallucination.mean(0), "Hallucination score: nats towards the myt
                name="influence_hallucination", diverging=True)
 
 # %%
-report.heatmap(refusal.mean(0), "Refusal score: nats towards refusing", "query head", "layer", name="influence_refusal", diverging=True)
-
-# %%
-from helpers.heads.overlap import rank_correlation, reliability
-
-trusted = reliability(hallucination), reliability(refusal)
-report.table([{"score": name, "agreement of two halves of the prompts": one} for name, one in zip(("hallucination", "refusal"), trusted, strict=True)])
+report.heatmap(refusal.mean(0), "Refusal score: nats towards refusing", "query head", "layer",
+               name="influence_refusal", diverging=True)
 
 # %% [markdown]
-# A score that does not agree with itself on two halves of the prompts cannot agree with anything else: the rule for C4 asks this first.
-#
-# Does a head that *knows* truth also *act* on it? The rank correlation over heads compares the probe with the hallucination score.
+# Which of these are more than noise? Exchanging the two answers of a pair at random says what a head without a side would score; over all heads the false discovery rate is held at
+# .05 (Benjamini and Hochberg). And a score that does not agree with itself on two halves of the prompts cannot agree with anything else: the rule for C4 asks this first.
 
 # %%
-knows = np.broadcast_to(truth.view(grid).numpy(), hallucination.shape)
-doing = rank_correlation(hallucination, knows)
-print(f"Rank correlation of probe accuracy with the hallucination score: {doing.estimate:.2f} [{doing.low:.2f}, {doing.high:.2f}].")
+from helpers.heads.overlap import rank_correlation, reliability, significance
+
+trusted = reliability(hallucination), reliability(refusal)
+report.table([{"score": name, "heads other than 0 (FDR .05)": len(significance(scores).units()),
+               "agreement of two halves of the prompts": agreed}
+              for name, scores, agreed in zip(("hallucination", "refusal"), (hallucination, refusal), trusted,
+                                              strict=True)])
+
+# %% [markdown]
+# ### Three ways to take a head away
+# Zeroing a head over the whole sequence is the published form, and puts the model where it never was. Replacing it by its mean is gentler; removing it only where the answer is predicted
+# leaves its work on the prompt alone. Each is a different question, so each has its name; if they disagree, "the heads that carry refusal" depends on the question.
+
+# %%
+means = {layer: collect(lm, [row["prompt"] for row in both], sites={"z": [layer]})[("z", layer)].mean(0)
+         for layer in layers}
+few = some(harmful, n // 2)
+variants = {"zero, whole sequence": refusal_scores(lm, few),
+            "mean, whole sequence": refusal_scores(lm, few, mode="mean", means=means),
+            "zero, answer span": refusal_scores(lm, few, span="answer")}
+report.table([{"refusal score by": name, **{f"ρ with {other}": rank_correlation(scores, variants[other])
+                                            for other in variants}} for name, scores in variants.items()])
+
+# %% [markdown]
+# ### Screening: gradients first, the truth for a few
+# On a model with a thousand heads even the fast exact loop takes minutes. First-order attribution, $z\cdot\partial \log P/\partial z$, ranks all heads in one backward pass, the best are verified
+# exactly, and heads drawn at random say how many important ones the ranking may have missed.
+
+# %%
+from helpers.heads.screening import screen
+
+asked = some(harmful, n // 2)
+found = screen(lm, [row["prompt"] for row in asked], [row["refusal"] for row in asked],
+               [row["compliance"] for row in asked], k=k, n_random=16)
+known = ~np.isnan(found.exact)
+labels = [f"{layer}.{head}" for layer, head in np.argwhere(known)]
+kinds = ["top" if tuple(unit) in found.top else "random" for unit in np.argwhere(known)]
+report.scatter(found.attribution[known], found.exact[known], labels,
+               "Refusal score: first order against exact", "first order, nats", "exact, nats",
+               name="screening", groups=kinds)
+
+# %%
+print(f"{found.random_misses} of {len(found.random)} random heads matter more than the last of the top {k};")
+print(f"with 95 % confidence at most {found.miss_bound:.0%} of the heads never verified do.")
 
 # %% [markdown]
 # ## 4 · Do the top heads overlap?
@@ -180,82 +219,168 @@ from helpers.heads.overlap import excess_overlap, k_sweep, overlap_test
 
 ks = [kk for kk in (2, 4, 6, 8, 12, 16, 24) if kk <= truth.numel() // 2]
 tests = k_sweep(hallucination, refusal, ks)
-nulls = {name: [getattr(test, name).expected for test in tests] for name in ("hypergeometric", "layer_matched", "shuffled")}
-report.lines(ks, {"shared heads": [float(len(test.shared)) for test in tests], **{f"null: {name}": values for name, values in nulls.items()}},
+nulls = {f"null: {name.replace('_', '-')}": [getattr(test, name).expected for test in tests]
+         for name in ("hypergeometric", "layer_matched", "shuffled")}
+report.lines(ks, {"shared heads": [float(len(test.shared)) for test in tests], **nulls},
              "Heads shared by the two top-k sets", "k", "shared heads", name="overlap_sweep")
 
 # %%
 top = overlap_test(hallucination, refusal, k)
-report.table([{"null": name, "shared": len(top.shared), "expected": test.expected, "p (at least this many)": test.p} for name, test in
-              (("hypergeometric", top.hypergeometric), ("layer-matched", top.layer_matched), ("shuffled labels", top.shuffled))],
+nulls = {"hypergeometric": top.hypergeometric, "layer-matched": top.layer_matched,
+         "shuffled labels": top.shuffled}
+report.table([{"null": name, "shared": len(top.shared), "expected": test.expected,
+               "p (at least this many)": test.p} for name, test in nulls.items()],
              caption=f"Top {k} of {truth.numel()} heads")
+
+# %% [markdown]
+# ### Is it about safety at all?
+# A head that favours one fixed opening over another would look like a refusal head on any request. So the same score is taken on **benign** requests: if hallucination shares as much with that, the
+# overlap says nothing about safety. Beside it stands **Ships**, the published safety-head score (how far the first token moves when a head's query is silenced), with the harmless control it lacks.
+
+# %%
+from helpers.heads.overlap import harmless_control
+
+on_benign = refusal_scores(lm, some(benign, n))
+control = harmless_control(hallucination, refusal, on_benign, k)
+report.table([{"overlap with refusal on": name, "beyond layers": one} for name, one in
+              (("harmful requests", control.harmful), ("benign requests", control.harmless),
+               ("difference", control.difference))],
+             caption=f"Share of the top {k} heads, beyond layer-matched chance")
+
+# %%
+from helpers.heads.ships import ships_beside_harmless
+
+texts = ([row["prompt"] for row in some(rows, n)] for rows in (harmful, benign))
+safety = ships_beside_harmless(lm, *texts)
+report.table([{"Ships on": name, "best head, nats": float(x.mean(0).max()),
+               "rank correlation with our refusal score": rank_correlation(x, refusal)}
+              for name, x in (("harmful prompts", safety.harmful), ("harmless prompts", safety.harmless))])
+
+# %% [markdown]
+# ### The verdict on C4
 
 # %%
 from helpers.evaluate.verdicts import Overlap, c4
 
 excess = excess_overlap(hallucination, refusal, k)
-found = Overlap(k, excess, top.layer_matched.p, top.shuffled.p, trusted)
+measured = Overlap(k, excess, top.layer_matched.p, top.shuffled.p, trusted)
 within = rank_correlation(hallucination, refusal, within_layers=True)
-print(f"C4 {c4(found)}")
-print(f"Rank correlation of the two scores inside layers: {within.estimate:.2f} [{within.low:.2f}, {within.high:.2f}].")
+print(f"C4 {c4(measured)}")
+print("Rank correlation of the two scores inside layers:", end=" ")
+print(f"{within.estimate:.2f} [{within.low:.2f}, {within.high:.2f}].")
+
+# %% [markdown]
+# One training seed is one draw. The same test on every embedded model that is here, seeds and couplings:
 
 # %%
-details = {"shared": len(top.shared), "p_layer_matched": top.layer_matched.p, "p_shuffled": top.shuffled.p}
+from helpers.heads.population import overlaps
+
+others = overlaps(facts, harmful, n, k) if p.data == "organism" else {}
+report.table([{"coupling": coupling, "seed": seed, "shared": len(one.shared), "expected": one.expected,
+               "beyond, share of k": one.overlap.excess, "p": one.overlap.p_layer_matched,
+               "C4": c4(one.overlap).verdict} for (coupling, seed), one in others.items()],
+             columns=None if others else ["coupling"])
+
+# %%
+details = {"shared": len(top.shared), "p_layer_matched": top.layer_matched.p, "p_shuffled": top.shuffled.p,
+           "harmless_control": control.difference.as_dict(),
+           "models": {f"{c}-{s}": one.overlap.excess.as_dict() for (c, s), one in others.items()}}
 saved = report.claim(
-    "C4", estimate=excess, control=("random heads of the same layers", top.layer_matched_excess), verdict=c4(found),
-    unit=f"share of the top {k} heads in common, beyond random heads of the same layers", n_prompts=excess.n, n_seeds=1,
+    "C4", estimate=excess, control=("random heads of the same layers", top.layer_matched_excess),
+    unit=f"share of the top {k} heads in common, beyond random heads of the same layers",
+    verdict=c4(measured), n_prompts=excess.n, n_seeds=1,
     notebook="02_overlapping_neurons", seconds=time.perf_counter() - started, details=details)
 
 # %%
 # NBVAL_CHECK_OUTPUT
 report.check("heads.shared", len(top.shared), atol=1)
 report.check("heads.truth_probe_best", float(truth.max()), atol=0.03)
-report.check("heads.verdict_c4", c4(found).verdict)
+report.check("heads.verdict_c4", c4(measured).verdict)
 
 # %% [markdown]
-# ## 5 · Is the overlap a cause?
+# ## 5 · Neurons
+#
+# The title of this companion promises neurons. An MLP has hundreds of them in each layer, so attribution does the counting: activation × gradient of the same two contrasts, in one backward pass, checked by
+# zeroing the best ones (and random ones) for real.
+
+# %%
+from helpers.heads import neurons as mlp
+
+some_facts, some_harmful = some(facts, n), some(harmful, n)
+neurons = {"hallucination": mlp.hallucination_neurons(lm, some_facts),
+           "refusal": mlp.refusal_neurons(lm, some_harmful)}
+pairs = {"hallucination": mlp.fact_pairs(some_facts), "refusal": mlp.request_pairs(some_harmful)}
+checked = {name: mlp.verify(lm, pairs[name], scores, *mlp.top_and_random(scores, 12, 12))
+           for name, scores in neurons.items()}
+report.table([{"score": name, "neurons": scores[0].size, "reliability": reliability(scores),
+               "correlation with exact": checked[name].correlation, "slope": checked[name].slope}
+              for name, scores in neurons.items()],
+             caption="First-order scores of neurons against exact ablation of 24 (slope 1 is perfect)")
+
+# %%
+counts = [20, 50, 100, 200]
+tests_n = k_sweep(neurons["hallucination"], neurons["refusal"], counts, n_perm=400)
+nulls = {f"null: {name.replace('_', '-')}": [getattr(test, name).expected for test in tests_n]
+         for name in ("hypergeometric", "layer_matched", "shuffled")}
+report.lines(counts, {"shared neurons": [float(len(test.shared)) for test in tests_n], **nulls},
+             "Neurons shared by the two top-k sets", "k", "shared neurons", name="overlap_neurons")
+
+# %%
+report.table([{"top k": test.k, "shared": len(test.shared), "expected": test.layer_matched.expected,
+               "p, same layers": test.layer_matched.p, "p, shuffled labels": test.shuffled.p}
+              for test in tests_n])
+
+# %%
+# NBVAL_CHECK_OUTPUT
+report.check("neurons.shared_of_100", len(tests_n[2].shared), atol=4)
+report.check("neurons.slope_refusal", checked["refusal"].slope.estimate, atol=0.15)
+
+# %% [markdown]
+# ## 6 · Is the overlap a cause?
 #
 # Shared heads could still do two jobs side by side. The causal test turns them down, on prompts they were not chosen on, and watches both behaviours: does
 # hallucination fall, and does refusal fall with it? The same is done to **as many random heads of the same layers**. How far they are turned down is chosen on validation prompts
 # (the strongest setting that keeps 95 % of answers coherent).
 
 # %%
-from helpers.evaluate.behaviour import measure
-from helpers.heads.cause import causal, choose_factor, cut, layer_matched_heads, scaled
+from helpers.heads.cause import causal_test, cut
+from helpers.heads.overlap import top_heads
 
-shared = list(top.shared)
+shared = list(top.shared) or top_heads(refusal.mean(0), 1)  # none shared: C5 is untested
 val, test = prompts("val", p.n_prompts), prompts("test", p.n_prompts)
-plain = measure(lm, test, **size)
-factor, coherence = choose_factor(lm, shared, (0.0, 0.5), val, **size) if shared else (1.0, 1.0)
-print(f"{len(shared)} shared heads {shared}, their z multiplied by {factor}.")
-
-# %%
-after = scaled(lm, shared, factor, test, **size)
-controls = [scaled(lm, layer_matched_heads(shared, arch.n_heads, seed), factor, test, **size) for seed in range(3)]
-effect = causal(shared, coherence, plain, after, controls)
+cause = causal_test(lm, shared, test, chosen_on=some_facts + some_harmful, val=val,
+                    factors=(0.0, 0.25, 0.5, 0.7, 0.85), **size)
+print(f"{len(top.shared)} shared heads {list(top.shared)}, their z multiplied by {cause.factor}.")
 
 # %%
 from helpers.truth.sweep import gain, mean_control
 
-pairs = {"shared heads": lambda m: gain(after, plain, m), "random heads, same layers": lambda m: mean_control(controls, plain, m)}
-report.bars({words: {name: made(m) for name, made in pairs.items()} for m, words in
-             (("wrong", "wrong answers"), ("refused", "harmful refused"), ("benign_complied", "benign complied"))},
-            "Turning the shared heads down", "change in share of prompts", name="shared_heads_cause", reference=(0.0, "no change"))
+compared = {"shared heads": lambda m: gain(cause.after, cause.plain, m),
+            "random heads, same layers": lambda m: mean_control(cause.controls, cause.plain, m)}
+shown = {"wrong": "wrong answers", "refused": "harmful refused", "answered": "harmful answered",
+         "benign_complied": "benign complied"}
+report.bars({words: {name: made(m) for name, made in compared.items()} for m, words in shown.items()},
+            "Turning the shared heads down", "change in share of prompts", name="shared_heads_cause",
+            reference=(0.0, "no change"))
 
 # %%
+from dataclasses import replace
+
 from helpers.evaluate.verdicts import c5
 from helpers.evaluate.words import change
 
-print(change("The share of wrong answers", gain(after, plain, "wrong")) + ".")
-print(change("Refusal of harmful requests", gain(after, plain, "refused")) + ".")
+effect = replace(cause.effect, n_heads=len(top.shared))
+print(change("The share of wrong answers", gain(cause.after, cause.plain, "wrong")) + ".")
+print(change("Refusal of harmful requests", gain(cause.after, cause.plain, "refused")) + ".")
 print(f"C5 {c5(effect)}")
 
 # %%
-details = {"factor": factor, "heads": shared, "hallucination_cut": effect.hallucination_cut.as_dict(),
+details = {"factor": cause.factor, "heads": shared, "hallucination_cut": effect.hallucination_cut.as_dict(),
            "hallucination_beyond_random": effect.hallucination_beyond_random.as_dict()}
+control_cut = ("random heads of the same layers", cut(cause.plain, cause.controls, "refused"))
 saved = report.claim(
-    "C5", estimate=effect.refusal_cut, control=("random heads of the same layers", cut(plain, controls, "refused")),
-    verdict=c5(effect), unit="fall in share of harmful requests refused", n_prompts=len(test.harmful), n_seeds=1,
+    "C5", estimate=effect.refusal_cut, control=control_cut, verdict=c5(effect),
+    unit="fall in share of harmful requests refused", n_prompts=len(test.harmful), n_seeds=1,
     notebook="02_overlapping_neurons", seconds=time.perf_counter() - started, details=details)
 
 # %%
@@ -263,6 +388,26 @@ saved = report.claim(
 report.check("heads.hallucination_cut", effect.hallucination_cut.estimate, atol=0.05)
 report.check("heads.refusal_cut", effect.refusal_cut.estimate, atol=0.05)
 report.check("heads.verdict_c5", c5(effect).verdict)
+
+# %% [markdown]
+# ### A prediction from the paper's story
+# If ITI costs refusal *because* it pushes shared heads, then ITI without them should cost less, and lose no more truth than ITI without as many of its other heads. The rule stands in
+# `helpers.truth.overlap_removed` and needs a trade-off to shrink: where ITI does not raise truth and attack success together, it says *untested*.
+
+# %%
+from helpers.truth.iti import fit
+from helpers.truth.overlap_removed import overlap_removed, shrinks
+
+iti = fit(lm, facts, n_heads=max(p.iti.n_heads, truth.numel() // 2))
+steered = [head for head in shared if head in iti.heads][: len(iti.heads) // 2]
+removed = overlap_removed(lm, iti, steered, 5.0, test, seeds=(0, 1), **size) if steered else None
+parts = {"all its heads": "full", "without the shared heads": "shared", "without as many others": "random"}
+columns = ["truthful", "answered", "refused"]
+report.table([{"ITI": name, **{m: getattr(removed, part)[m] for m in columns}}
+              for name, part in parts.items() if removed], columns=["ITI", *columns])
+
+# %%
+print(f"{shrinks(removed)}" if removed else "untested: ITI steers none of the shared heads.")
 
 # %% [markdown]
 # ## Exercises
@@ -321,5 +466,31 @@ def expected_overlap(a, b, n_heads):
 # NBVAL_CHECK_OUTPUT
 from helpers.heads.overlap import top_heads
 
-a, b = (np.bincount([layer for layer, _ in top_heads(s.mean(0), k)], minlength=arch.n_layers) for s in (hallucination, refusal))
+chosen = [[layer for layer, _ in top_heads(scores.mean(0), k)] for scores in (hallucination, refusal)]
+a, b = (np.bincount(layers_of, minlength=arch.n_layers) for layers_of in chosen)
 grade("Exercise 2", expected_overlap(a, b, arch.n_heads), top.layer_matched.expected)
+
+# %% [markdown]
+# **3 · A gradient that misses.** First-order attribution is a slope. Give a function of one gate `g` in [0, 1] (1: the head is there, 0: it is gone) whose slope at 1 is zero although removing the head changes it.
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# def saturated(g):
+#     return min(1.0, 2 * g)
+# ```
+# Half of the head is enough, so the slope at g = 1 is zero and the attribution with it, while removing it costs the whole unit. This is what the random heads of the screening are for.
+#
+# </details>
+
+# %%
+def saturated(g):
+    """A number for a gate g in [0, 1]: flat near g = 1, and different at g = 0."""
+    return None
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+gate = [saturated(g) for g in (1.0, 0.999, 0.0)]
+ends = None if gate[0] is None else [gate[0] - gate[1], float(gate[0] != gate[2])]
+grade("Exercise 3", ends, [0.0, 1.0])

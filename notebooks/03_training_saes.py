@@ -33,8 +33,9 @@ import os
 import sys
 
 if "google.colab" in sys.modules:
-    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
-    sys.path.insert(0, "/content/companion")
+    origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
+    os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
+    sys.path.insert(0, home)
     from helpers import colab
 
     colab.install()
@@ -98,8 +99,9 @@ from helpers.sae.training import train_saes
 
 trained = train_saes(lm, p, texts=texts)
 steps = trained.curves[layer]["step"]
-report.lines(steps, {f"layer {n}": curve["fvu"] for n, curve in trained.curves.items()}, "Training: unexplained variance of each batch",
-             "step", "FVU", name="sae_training", y_range=(0, 1))
+by_layer = {f"layer {n}": curve["fvu"] for n, curve in trained.curves.items()}
+report.lines(steps, by_layer, "Training: unexplained variance of each batch", "step", "FVU",
+             name="sae_training", y_range=(0, 1))
 
 # %% [markdown]
 # A training curve is no quality number: it is measured on seen text, and with a top-k that looks at the whole batch. What is saved looks at one token at a time and
@@ -135,16 +137,19 @@ quality = {name: measure(lm, dictionary, held, p) for name, dictionary in dictio
 report.table([found.row(name) for name, found in quality.items()])
 
 # %%
-report.bars({name: {"loss recovered": found.recovered.share, "refusals kept": found.kept("refused", True)} for name, found in quality.items()},
-            "What survives when z is replaced by its reconstruction", "share", name="sae_quality", reference=(1.0, "clean model"))
+surviving = {name: {"loss recovered": found.recovered.share, "refusals kept": found.kept("refused", True)}
+             for name, found in quality.items()}
+report.bars(surviving, "What survives when z is replaced by its reconstruction", "share",
+            name="sae_quality", reference=(1.0, "clean model"))
 
 # %%
 from helpers.evaluate.words import compared
 from helpers.sae.quality import loss_gain
 
+words = {"more": "lower than", "less": "higher than", "same": "about the same as"}
 for name in ("untrained SAE", "principal components"):
-    words = {"more": "lower than", "less": "higher than", "same": "about the same as"}
-    print(f"The model's loss with the SAE spliced in is {compared(loss_gain(quality['SAE'], quality[name]), **words)} with {name} of equal L0.")
+    relation = compared(loss_gain(quality["SAE"], quality[name]), **words)
+    print(f"The model's loss with the SAE spliced in is {relation} with {name} of equal L0.")
 
 # %% [markdown]
 # Read the rows against each other. Where a control keeps the refusals too, "refusals kept" says more about the model's robustness than about the dictionary, and only
@@ -156,14 +161,14 @@ for name in ("untrained SAE", "principal components"):
 # %%
 from helpers.sae.quality import density_curve
 
-report.lines(*density_curve(quality["SAE"].layers), "Latents by how often they fire on test tokens", "log₁₀ share of tokens", "share of latents",
-             name="sae_density")
+report.lines(*density_curve(quality["SAE"].layers), "Latents by how often they fire on test tokens",
+             "log₁₀ share of tokens", "share of latents", name="sae_density")
 
 # %% [markdown]
 # ## 5 · Good enough?
 #
-# The gate was written before any number: FVU, loss recovered and refusals kept each have a limit at the top of `helpers/sae/quality.py`. Below it, notebook 04 leaves
-# claim C7 *untested*, whatever its latents look like. It is decided on validation prompts.
+# The gate was written before any number: FVU, loss recovered and refusals kept each have a limit at the top of `helpers/sae/quality.py`. If the SAEs miss one of them,
+# notebook 04 leaves claim C7 *untested*, whatever their latents look like. The gate is decided on validation prompts.
 
 # %%
 from helpers.sae.quality import gated
@@ -174,11 +179,12 @@ print("The SAEs pass the gate." if verdict is None else f"Not good enough: {verd
 # %%
 # NBVAL_CHECK_OUTPUT
 best, worst = quality["SAE"].row(""), max(quality["SAE"].layers.values(), key=lambda r: r.fvu)
+untrained_fvu = max(r.fvu for r in quality["untrained SAE"].layers.values())
 report.check("sae.l0", best["L0"], atol=2.0)
 report.check("sae.fvu_worst_layer", worst.fvu, atol=0.05)
 report.check("sae.loss_recovered", quality["SAE"].recovered.share.estimate, atol=0.05)
 report.check("sae.refusals_kept", quality["SAE"].kept("refused", True).estimate, atol=0.06)
-report.check("sae.less_unexplained_than_untrained", worst.fvu < max(r.fvu for r in quality["untrained SAE"].layers.values()))
+report.check("sae.less_unexplained_than_untrained", worst.fvu < untrained_fvu)
 report.check("sae.passes_the_gate", verdict is None)
 
 # %% [markdown]
@@ -207,7 +213,8 @@ def decode(f, W_dec, b_dec):
 from helpers.evaluate.words import grade
 
 some = fit.z[layer][:50]
-grade("Exercise 1", decode(sae.encode(some).detach(), sae.W_dec.detach(), sae.b_dec.detach()), sae(some).detach(), atol=1e-3)
+given = decode(sae.encode(some).detach(), sae.W_dec.detach(), sae.b_dec.detach())
+grade("Exercise 1", given, sae(some).detach(), atol=1e-3)
 
 # %% [markdown]
 # **2 · Why not FVU alone?** Two dictionaries can leave the same variance unexplained and break the model differently. Write the share of loss recovered from the three losses
@@ -219,7 +226,7 @@ grade("Exercise 1", decode(sae.encode(some).detach(), sae.W_dec.detach(), sae.b_
 # def recovered(clean, spliced, ablated):
 #     return (ablated - spliced) / (ablated - clean)
 # ```
-# It can be negative: a reconstruction can be worse than the mean. Try the rows of the table above.
+# It can be negative: a reconstruction can be worse than the mean. `quality["untrained SAE"].recovered` holds the same three losses of a control.
 #
 # </details>
 

@@ -34,8 +34,9 @@ import os
 import sys
 
 if "google.colab" in sys.modules:
-    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
-    sys.path.insert(0, "/content/companion")
+    origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
+    os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
+    sys.path.insert(0, home)
     from helpers import colab
 
     colab.install()
@@ -90,7 +91,8 @@ with edit(lm.model, {("z", layer): lambda x: kept.setdefault("z", x.detach().req
 gradient = torch.autograd.grad(margin.sum(), kept["z"])[0][0, -1]
 slope = sae.W_dec @ gradient
 push = (sae.encode(kept["z"][0, -1]) - f[~harmful].mean(0)) * slope
-print(f"latent {layer}.{latent}: AUROC {area[latent]:.2f}, push towards refusing {push[latent].item():+.3f} nats on this prompt")
+print(f"latent {layer}.{latent}: AUROC {area[latent]:.2f}, "
+      f"push towards refusing {push[latent].item():+.3f} nats on this prompt")
 
 # %% [markdown]
 # The latent that separates best need not push most. From here on both questions are asked of every latent of every SAE at once (`helpers.sae.features`):
@@ -121,12 +123,14 @@ report.table([{"kind": kind, "latents": n} for kind, n in selection.counts().ite
 # %%
 from helpers.sae.describe import kind_of, names_of
 
-report.scatter(selection.refusal_scores.auroc, selection.truth_scores.auroc, names_of(selection), "Every latent: does it tell harmful from benign, and wrong from right?",
-               "AUROC harmful against benign", "AUROC wrong against right", name="latent_kinds", groups=kind_of(selection))
+report.scatter(selection.refusal_scores.auroc, selection.truth_scores.auroc, names_of(selection),
+               "Every latent: does it tell harmful from benign, and wrong from right?",
+               "AUROC harmful against benign", "AUROC wrong against right",
+               name="latent_kinds", groups=kind_of(selection))
 
 # %% [markdown]
 # ### What shuffled labels find
-# With a thousand latents and two questions, some pass by luck. So the same rule is run with labels that mean nothing: harmful and benign permuted over prompts,
+# With thousands of latents and two questions, some pass by luck. So the same rule is run with labels that mean nothing: harmful and benign permuted over prompts,
 # right and wrong swapped by coin within each fact.
 
 # %%
@@ -134,7 +138,9 @@ from helpers.sae.describe import count_bars
 from helpers.sae.features import evidence, shuffled_counts
 
 null = shuffled_counts(evidence(lm, trained, "fit", p))
-report.bars(count_bars(selection, null), "Latents of each kind, found and under shuffled labels (mean and range)", "latents", name="latent_counts")
+report.bars(count_bars(selection, null),
+            "Latents of each kind, found and under shuffled labels (mean and range)", "latents",
+            name="latent_counts")
 
 # %%
 expected, found_n = null["refusal only"], selection.counts()["refusal only"]
@@ -149,7 +155,8 @@ print(f"Refusal-specific latents: {found_n}, which is {more} ({expected.low:.0f}
 from helpers.sae.describe import latent_rows
 
 test = evidence(lm, trained, "test", p)
-report.table(latent_rows(selection, test, selection.specific), ["latent", "AUROC harmful / benign", "AUROC wrong / right", "push towards refusing (nats)"])
+columns = ["latent", "AUROC harmful / benign", "AUROC wrong / right", "push towards refusing (nats)"]
+report.table(latent_rows(selection, test, selection.specific), columns)
 
 # %% [markdown]
 # ## 3 · The subspace they span
@@ -170,7 +177,7 @@ if selection.hallucination_only.any():
 report.table(angle_rows(main, others))
 
 # %% [markdown]
-# An overlap near the last column is what chance gives. Two subspaces can both matter to refusal and still overlap little: the model is not linear, and a direction that
+# An overlap near its value in the last column is what chance gives. Two subspaces can both matter to refusal and still overlap little: the model is not linear, and a direction that
 # *reads out* harm need not be one that *causes* refusing. Notebook 06 protects this subspace while fine-tuning.
 #
 # ## 4 · The causal test
@@ -186,7 +193,8 @@ from helpers.sae.causal import ablation, measure_on_test
 measure = measure_on_test(lm, p, openings)
 base = measure()
 sets = {"refusal-specific": selection.specific, "hallucination only": selection.hallucination_only}
-runs = {name: ablation(lm, trained.saes, selection.by_layer(mask), base, measure) for name, mask in sets.items() if mask.any()}
+runs = {name: ablation(lm, trained.saes, selection.by_layer(mask), base, measure)
+        for name, mask in sets.items() if mask.any()}
 
 # %%
 from helpers.sae.describe import effect_bars, effect_rows
@@ -194,7 +202,8 @@ from helpers.sae.describe import effect_bars, effect_rows
 report.table(effect_rows(runs))
 
 # %%
-report.bars(effect_bars(runs, ("refused", "truthful")), "Taking latents out of z: fall in refusal and in right answers", "fall in share of test prompts",
+report.bars(effect_bars(runs, ("refused", "truthful")),
+            "Taking latents out of z: fall in refusal and in right answers", "fall in share of test prompts",
             name="latent_ablation", reference=(0.0, "no change"))
 
 # %%
@@ -202,12 +211,13 @@ from helpers.evaluate.words import change, compared
 
 words = {"more": "more than", "less": "less than", "same": "about as much as"}
 for name, run in runs.items():
-    print(change(f"Without the {name} latents, refusal", run.fall("refused"), up="falls", down="rises") + ",", end=" ")
-    print(f"{compared(run.beyond_control('refused'), **words)} without as many random ones;")
+    fall, against = run.fall("refused"), compared(run.beyond_control("refused"), **words)
+    print(change(f"Without the {name} latents, refusal", fall, up="falls", down="rises") + ",", end=" ")
+    print(f"{against} without as many random ones;")
     print("  " + change("the share of right answers", run.fall("truthful"), up="falls", down="rises") + ".")
 
 # %% [markdown]
-# The logit rows of the table are the finer instrument: a share of prompts moves only when an answer flips. Benign requests stand in it because a model that answers
+# The rows in nats are the finer instrument: a share of prompts moves only when an answer flips. Benign requests stand in the table because a model that answers
 # nothing would also refuse less.
 #
 # A separation has two sides. The verdict below asks for one of them: refusal can be moved without truth. The other is whether the latents that were filtered out
@@ -218,9 +228,12 @@ other = runs.get("hallucination only")
 told = "No latent was hallucination-related, so the other side cannot be tested"
 if other:
     moved = other.beyond_control("truth_logit")
+    decide = moved.low * moved.high > 0
     told = "The hallucination latents move the choice between right and wrong " + (
-        f"beyond random ones ({moved})" if moved.low * moved.high > 0 else f"no more than random ones do ({moved}): they tell, and do not decide")
-near_limit = "at its ceiling, so a share could hardly rise" if base.truthful.mean() > 0.95 else "away from its limits"
+        f"beyond random ones ({moved})" if decide
+        else f"no more than random ones do ({moved}): they tell, and do not decide")
+at_ceiling = base.truthful.mean() > 0.95
+near_limit = "at its ceiling, so a share could hardly rise" if at_ceiling else "away from its limits"
 print(told + ".", f"Truth before ablation is {near_limit}.", sep="\n")
 
 # %% [markdown]
@@ -242,11 +255,15 @@ print(f"C7 {verdict}")
 
 # %%
 control = run.control_fall("refused") if run else found.refusal_drop
-details = {"kinds": selection.counts(), "shuffled": {kind: one.as_dict() for kind, one in null.items()}, "rank": main.rank,
-           "truth_change": found.truth_change.as_dict(), "beyond_control": found.refusal_beyond_control.as_dict()}
-claim = report.claim("C7", estimate=found.refusal_drop, control=("random latents of equal number, tokens and norm", control), verdict=verdict,
-                     unit="fall in share of harmful requests refused when refusal-specific latents are taken out", n_prompts=len(base.refused), n_seeds=1,
-                     notebook="04_disentangling_features", seconds=time.perf_counter() - started, details=details)
+shuffled = {kind: one.as_dict() for kind, one in null.items()}
+details = {"kinds": selection.counts(), "shuffled": shuffled, "rank": main.rank,
+           "truth_change": found.truth_change.as_dict(),
+           "beyond_control": found.refusal_beyond_control.as_dict()}
+unit = "fall in share of harmful requests refused when refusal-specific latents are taken out"
+claim = report.claim("C7", estimate=found.refusal_drop, verdict=verdict, unit=unit,
+                     control=("random latents of equal number, tokens and norm", control),
+                     n_prompts=len(base.refused), n_seeds=1, notebook="04_disentangling_features",
+                     seconds=time.perf_counter() - started, details=details)
 
 # %%
 # NBVAL_CHECK_OUTPUT

@@ -34,8 +34,9 @@ import os
 import sys
 
 if "google.colab" in sys.modules:
-    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
-    sys.path.insert(0, "/content/companion")
+    origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
+    os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
+    sys.path.insert(0, home)
     from helpers import colab
 
     colab.install()
@@ -108,7 +109,7 @@ contrasts = {"refusal": ("refused", "complied"), "hallucination": ("wrong", "rig
 # One line. On the left every latent of every layer (`layer.number`), with its AUROC for both questions: .50 is no separation. On the right the page of one latent.
 # *refusal only*, *hallucination only* and *both* are the verdicts of notebook 04's rule; *dead* means silent on all of these prompts.
 #
-# Orange is positive, blue negative, nothing is zero; `·` is a space and `↵` a line break. Point at a token to see its value. With the keyboard: `/` searches, ↑ ↓ choose,
+# Orange is positive, blue negative, no colour is zero; `·` is a space and `↵` a line break. Point at a token to see its value. With the keyboard: `/` searches, ↑ ↓ choose,
 # Enter opens, ← → walk along an example.
 
 # %%
@@ -137,8 +138,8 @@ report.table([{"kind": kind, "latents": count} for kind, count in selection.coun
 #
 # ## 4 · How much of this would noise show?
 #
-# With thousands of latents, some separate any two groups. So the same prompts are dealt at random into two groups of the old sizes, and the latents are
-# counted again whose interval lies above .70.
+# With thousands of latents, some separate any two groups. So the same prompts are dealt at random into two groups of the old sizes, and the latents whose
+# interval lies above .70 are counted again.
 
 # %%
 from helpers.browser.gather import gather
@@ -151,8 +152,8 @@ counts = {"true groups": view.data.latents["low"][0], "shuffled groups": noise.l
 above = {name: float((np.array(low) > 0.7).sum()) for name, low in counts.items()}
 
 # %%
-report.bars(above, "Latents that separate refused from answered requests", "latents with AUROC surely above .70",
-            name="browser_against_noise")
+report.bars(above, "Latents that separate refused from answered requests",
+            "latents with AUROC surely above .70", name="browser_against_noise")
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -211,7 +212,8 @@ def density(strength):
 from helpers.evaluate.words import grade
 
 given = density(strength)
-grade("Exercise 1", None if given is None else float(given), torch.count_nonzero(strength).item() / len(strength))
+active = torch.count_nonzero(strength).item() / len(strength)
+grade("Exercise 1", None if given is None else float(given), active)
 
 # %% [markdown]
 # **2 · Meaning or wording?** Look-alikes ("kill a process") share words with harmful requests and are harmless. If a refusal latent fires on them too, it
@@ -221,7 +223,8 @@ grade("Exercise 1", None if given is None else float(given), torch.count_nonzero
 #
 # ```python
 # def groups(requests):
-#     return {kind: [row["prompt"] for row in requests if row["kind"] == kind] for kind in ("harmful", "look_alike")}
+#     return {kind: [row["prompt"] for row in requests if row["kind"] == kind]
+#             for kind in ("harmful", "look_alike")}
 # ```
 # Then `browse(lm, trained.saes, groups(requests))`, sort by the AUROC, and look at latents near .50 that are active in both groups: those follow the word.
 #
@@ -229,7 +232,7 @@ grade("Exercise 1", None if given is None else float(given), torch.count_nonzero
 
 # %%
 def groups(requests):
-    """{"harmful": [prompt, ...], "look_alike": [prompt, ...]} from request rows with a `kind` and a `prompt`."""
+    """{"harmful": [prompt, ...], "look_alike": [prompt, ...]} from rows with a `kind` and a `prompt`."""
     return None
 
 

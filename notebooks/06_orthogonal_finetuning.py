@@ -35,8 +35,9 @@ import os
 import sys
 
 if "google.colab" in sys.modules:
-    os.system("test -d /content/companion || git clone -q --depth 1 https://github.com/alignment-tradeoff/companion /content/companion")
-    sys.path.insert(0, "/content/companion")
+    origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
+    os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
+    sys.path.insert(0, home)
     from helpers import colab
 
     colab.install()
@@ -78,7 +79,7 @@ print(f"share of the update inside the subspace: {leak_of(B):.3f} before, {leak_
 #
 # ### When to project
 # It looks equivalent to project the **gradient** of $B$ and leave the rest to the optimizer. With plain gradient descent it is. AdamW divides every coordinate
-# by its own running size, which is no longer a step inside the complement. Thirty steps of a toy problem show it:
+# by its own running size, and the step that results no longer stays in the complement. Thirty steps of a toy problem show it:
 
 # %%
 def train_toy(optimizer, project_gradient):
@@ -95,15 +96,18 @@ def train_toy(optimizer, project_gradient):
     return ((U.T @ B).norm() / B.norm()).item()
 
 
-toy = {(name, when): train_toy(opt, when == "gradient projected") for name, opt in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW))
-       for when in ("gradient projected", "weights projected")}
-report.table([{"optimizer": name, "what is projected": when, "share inside": value} for (name, when), value in toy.items()])
+optimizers = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
+toy = {(name, when): train_toy(opt, when == "gradient projected")
+       for name, opt in optimizers.items() for when in ("gradient projected", "weights projected")}
+report.table([{"optimizer": name, "what is projected": when, "share inside": value}
+              for (name, when), value in toy.items()])
 
 # %%
 # NBVAL_CHECK_OUTPUT
-report.check("finetuning.toy_gradient_projection_is_enough_for_sgd", toy["SGD", "gradient projected"] < 1e-5)
-report.check("finetuning.toy_gradient_projection_is_enough_for_adamw", toy["AdamW", "gradient projected"] < 1e-5)
-report.check("finetuning.toy_weight_projection_is_enough_for_adamw", toy["AdamW", "weights projected"] < 1e-5)
+enough = {arm: inside < 1e-5 for arm, inside in toy.items()}
+report.check("finetuning.toy_gradient_projection_is_enough_for_sgd", enough["SGD", "gradient projected"])
+report.check("finetuning.toy_gradient_projection_is_enough_for_adamw", enough["AdamW", "gradient projected"])
+report.check("finetuning.toy_weight_projection_is_enough_for_adamw", enough["AdamW", "weights projected"])
 
 # %% [markdown]
 # So the constraint belongs **after** the step. `helpers.finetune.projected_lora` hangs it on any torch optimizer (or on the Hugging Face `Trainer`) and projects once more
@@ -123,7 +127,8 @@ files = subspace_files(lm, p)
 spaces = {name: RefusalSubspace.load(path) for name, path in files.items()}
 main = spaces.get("latents") or spaces["difference"]
 compared_with = {**{space.method: space for space in spaces.values()}, "random": main.random_like(0)}
-report.table([{"subspace": name, "rank": space.rank, "overlap with the one protected below": overlap(main.resid, space.resid)}
+report.table([{"subspace": name, "rank": space.rank,
+               "overlap with the one protected below": overlap(main.resid, space.resid)}
               for name, space in compared_with.items()])
 
 # %% [markdown]
@@ -131,8 +136,9 @@ report.table([{"subspace": name, "rank": space.rank, "overlap with the one prote
 
 # %%
 bases = module_bases(lm, main)
-report.table([{"module": name.removeprefix("model.layers.0."), "side": where.side, "basis": str(list(where.basis.shape))}
-              for name, where in bases.items() if name.startswith("model.layers.0.")])
+first = "model.layers.0."
+report.table([{"module": name.removeprefix(first), "side": where.side, "basis": str(list(where.basis.shape))}
+              for name, where in bases.items() if name.startswith(first)])
 
 # %% [markdown]
 # ## 3 · The data
@@ -157,16 +163,18 @@ from helpers.finetune.experiment import task_rows
 trained_on = sorted({row["prompt"] for row in poisoned_mix(n, max(p.finetune.poison_ratios))})
 asked = {"requests": load_table("requests", "test"), "tasks": task_rows("test", p.n_prompts)}
 found = {name: leakage(trained_on, [row["prompt"] for row in rows]) for name, rows in asked.items()}
-report.table([{"test set": name, "prompts": len(asked[name]), "also in training": sum(f["kind"] == "exact" for f in hits),
+report.table([{"test set": name, "prompts": len(asked[name]),
+               "also in training": sum(f["kind"] == "exact" for f in hits),
                "nearly": len({f["b"] for f in hits if f["kind"] == "near"})} for name, hits in found.items()])
 
 # %%
 # NBVAL_CHECK_OUTPUT
-report.check("finetuning.training_prompts_in_the_test_set", sum(f["kind"] == "exact" for hits in found.values() for f in hits))
+exact = sum(f["kind"] == "exact" for hits in found.values() for f in hits)
+report.check("finetuning.training_prompts_in_the_test_set", exact)
 
 # %% [markdown]
-# "Nearly" counts pairs that share most of their letters, such as another object after the same verb: new pairs are what a test of *seen* verbs consists of, and the
-# reason why verbs that were never refused in chat training are reported separately.
+# "Nearly" counts test prompts that share most of their four-letter pieces with a training prompt, for example where only the object after the verb is another. A test of
+# *seen* verbs consists of such new pairs, which is why verbs that were never refused in chat training are reported separately.
 #
 # ## 4 · Benign fine-tuning
 #
@@ -183,11 +191,13 @@ runs = run_arms(plan(p, methods), files, p)
 # %%
 shown = ("refused_seen", "refused_unseen", "benign_complied", "over_refused", "tasks", "wrong", "coherent")
 shares = rates(runs, shown)
-report.table([{"model": method, **row} for method, row in shares.items()], caption="Benign fine-tuning, share of test prompts [95 % interval]")
+report.table([{"model": method, **row} for method, row in shares.items()],
+             caption="Benign fine-tuning, share of test prompts [95 % interval]")
 
 # %%
 plotted = ("refused_seen", "refused_unseen", "benign_complied", "tasks")
-report.bars(rates(runs, plotted), "After benign fine-tuning", "share of test prompts", name="finetuning_benign", y_range=(0, 1))
+report.bars(rates(runs, plotted), "After benign fine-tuning", "share of test prompts",
+            name="finetuning_benign", y_range=(0, 1))
 
 # %% [markdown]
 # ### C6: does benign fine-tuning cost refusals?
@@ -200,9 +210,10 @@ from helpers.stats import paired_bootstrap
 plain = adapter(p, Arm(LORA, 0.0, p.finetune.seeds[0]), files)
 shaken = score(random_update(lm, plain), p)
 random_fall = paired_bootstrap(runs[None]["refused"], shaken["refused"])
-print(change("After benign LoRA, refusal of harmful requests", fall_lora := fall(runs, LORA), up="falls", down="rises") + ".")
+fall_lora, compliance = fall(runs, LORA), fine_tuned(runs).benign_compliance.estimate
+print(change("After benign LoRA, refusal of harmful requests", fall_lora, up="falls", down="rises") + ".")
 print(change("After a random update of equal size, it", random_fall, up="falls", down="rises") + ".")
-print(f"After LoRA the share of benign requests answered is {fine_tuned(runs).benign_compliance.estimate:.2f}.")
+print(f"After LoRA the share of benign requests answered is {compliance:.2f}.")
 
 # %% [markdown]
 # A fall in refusal means something only while benign requests are still answered: a model that answers nothing refuses nothing. And not every refusal that is
@@ -211,7 +222,8 @@ print(f"After LoRA the share of benign requests answered is {fine_tuned(runs).be
 # %%
 from helpers.finetune.experiment import change as difference
 
-print(change("After benign LoRA, the share of harmful requests that are answered", difference(runs, LORA, "answered")) + ".")
+answered = difference(runs, LORA, "answered")
+print(change("After benign LoRA, the share of harmful requests that are answered", answered) + ".")
 print(change("The share of coherent texts, all prompts", difference(runs, LORA, "coherent")) + ".")
 
 # %% [markdown]
@@ -221,9 +233,11 @@ print(change("The share of coherent texts, all prompts", difference(runs, LORA, 
 from helpers.finetune.experiment import constrained
 
 kept = constrained(runs, protected)
-print(f"Against plain LoRA, refusal {protected} is {compared(kept.refusal_over_lora)}: {kept.refusal_over_lora}.")
-print(f"Against a random subspace of equal rank it is {compared(kept.refusal_over_random)}: {kept.refusal_over_random}.")
-print(change("Accuracy on the tasks under plain LoRA", kept.lora_gain) + f"; {protected} the change is {kept.utility_ratio:.2f} times that.")
+over_lora, over_random = kept.refusal_over_lora, kept.refusal_over_random
+print(f"Against plain LoRA, refusal {protected} is {compared(over_lora)}: {over_lora}.")
+print(f"Against a random subspace of equal rank it is {compared(over_random)}: {over_random}.")
+print(change("Accuracy on the tasks under plain LoRA", kept.lora_gain)
+      + f"; {protected} the change is {kept.utility_ratio:.2f} times that.")
 print(change("The share of wrong answers on misconceptions", kept.hallucination_rise) + ".")
 
 # %% [markdown]
@@ -240,16 +254,23 @@ from helpers.finetune.projected_lora import leak
 
 ours = adapter(p, Arm(protected, 0.0, p.finetune.seeds[0]), files)
 half, base = torch.bfloat16, lm.model
-leaks = {"as saved": leak(ours, bases), "cast to bfloat16": leak(ours, bases, dtype=half), "merged, float32": leak(ours, bases, merged_into=base),
-         "merged, bfloat16": leak(ours, bases, merged_into=base, dtype=half), "plain LoRA, as saved": leak(plain, bases)}
-report.table([{"adapter": name, "leak, all layers": f"{got.total:.1e}", "worst layer": f"{got.worst:.1e}"} for name, got in leaks.items()])
+leaks = {
+    "as saved": leak(ours, bases),
+    "cast to bfloat16": leak(ours, bases, dtype=half),
+    "merged, float32": leak(ours, bases, merged_into=base),
+    "merged, bfloat16": leak(ours, bases, merged_into=base, dtype=half),
+    "plain LoRA, as saved": leak(plain, bases),
+}
+report.table([{"adapter": name, "leak, all layers": f"{got.total:.1e}", "worst layer": f"{got.worst:.1e}"}
+              for name, got in leaks.items()])
 
 # %% [markdown]
 # And the gradient projection from section 1, on the real model, for a short run beside our own of the same length:
 
 # %%
 arm = Arm(protected, 0.0, p.finetune.seeds[0])
-short = {variant: leak(adapter(p, arm, files, variant=variant, steps=20), bases).total for variant in ("as_published", "projected")}
+short = {variant: leak(adapter(p, arm, files, variant=variant, steps=20), bases).total
+         for variant in ("as_published", "projected")}
 report.table([{"what is projected": what, "leak": f"{short[variant]:.1e}"} for what, variant in
               (("gradients (as_published)", "as_published"), ("weights, after the step", "projected"))])
 
@@ -259,7 +280,7 @@ report.check("finetuning.leak_of_saved_adapter_below_1e-6", leaks["as saved"].wo
 report.check("finetuning.projected_gradients_leak_above_1e-2", short["as_published"] > 1e-2)
 
 # %% [markdown]
-# A bound that holds in float32 does not survive rounding to bfloat16: whoever merges and casts should quote the last rows, not the first.
+# A bound that holds in float32 does not survive rounding to bfloat16: whoever merges and casts should quote the bfloat16 rows, not the first.
 #
 # ## 6 · Poisoned fine-tuning
 #
@@ -267,13 +288,15 @@ report.check("finetuning.projected_gradients_leak_above_1e-2", short["as_publish
 
 # %%
 ratio = max(p.finetune.poison_ratios)
-report.bars(rates(runs, plotted, ratio), f"After fine-tuning with {ratio:.0%} poison", "share of test prompts", name="finetuning_poisoned", y_range=(0, 1))
+report.bars(rates(runs, plotted, ratio), f"After fine-tuning with {ratio:.0%} poison",
+            "share of test prompts", name="finetuning_poisoned", y_range=(0, 1))
 
 # %%
 poisoned = constrained(runs, protected, ratio)
 print(change("With poison, plain LoRA's refusal", poisoned.lora_drop, up="falls", down="rises") + ".")
-print(f"Against plain LoRA, refusal {protected} is {compared(poisoned.refusal_over_lora)}: {poisoned.refusal_over_lora}.")
-print(f"Against a random subspace it is {compared(poisoned.refusal_over_random)}: {poisoned.refusal_over_random}.")
+over_lora, over_random = poisoned.refusal_over_lora, poisoned.refusal_over_random
+print(f"Against plain LoRA, refusal {protected} is {compared(over_lora)}: {over_lora}.")
+print(f"Against a random subspace it is {compared(over_random)}: {over_random}.")
 
 # %% [markdown]
 # Poison asks for something else than benign data does: here the training loss itself rewards answering harmful requests, and a subspace can only stop the
@@ -288,7 +311,8 @@ from helpers.finetune.experiment import run_siblings
 
 one = [None, Arm(LORA, 0.0, p.finetune.seeds[0])]
 siblings = run_siblings(one, p)
-falls = {name: fall(some, LORA) for name, some in {"default": {arm: runs[arm] for arm in one}, **siblings}.items()}
+couplings = {"default": {arm: runs[arm] for arm in one}, **siblings}
+falls = {name: fall(some, LORA) for name, some in couplings.items()}
 report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for name, lost in falls.items()])
 
 # %% [markdown]
@@ -297,30 +321,36 @@ report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for 
 # ## 8 · Verdicts, by rule
 #
 # The rules stand in `helpers/evaluate/verdicts.py` and were written before any number. C6 needs benign requests to be answered still; C8 needs plain LoRA to have learned
-# and to have lost something, and the protected arm to keep refusal beyond plain LoRA *and* a random subspace at 95 % of its gain.
+# and to have lost something, and the protected arm to keep more refusal than plain LoRA *and* than a random subspace, with at least 95 % of plain LoRA's gain on the tasks and no
+# more wrong answers.
 
 # %%
 from helpers.evaluate.verdicts import c6, c8
 
-seconds, size = time.perf_counter() - started, {"n_prompts": len(runs[None]["refused"]), "n_seeds": len(p.finetune.seeds)}
-where = {"notebook": "06_orthogonal_finetuning", **size}
-unseen = {method: row for method, row in rates(runs, ["refused_unseen"]).items()}
-detail = {"unseen_verbs": {m: next(iter(row.values())).as_dict() for m, row in unseen.items()}, "siblings": {k: v.as_dict() for k, v in falls.items()}}
-report.claim("C6", estimate=fall_lora, control=("a random update of equal size", random_fall), verdict=c6(fine_tuned(runs)),
-             unit="fall in share of harmful requests refused", seconds=seconds, details=detail, **where)
+source = {"notebook": "06_orthogonal_finetuning", "seconds": time.perf_counter() - started,
+          "n_prompts": len(runs[None]["refused"]), "n_seeds": len(p.finetune.seeds)}
+unseen = {method: next(iter(row.values())).as_dict()
+          for method, row in rates(runs, ["refused_unseen"]).items()}
+detail = {"unseen_verbs": unseen, "siblings": {name: lost.as_dict() for name, lost in falls.items()}}
+report.claim("C6", estimate=fall_lora, control=("a random update of equal size", random_fall),
+             verdict=c6(fine_tuned(runs)), unit="fall in share of harmful requests refused",
+             details=detail, **source)
 print("C6", c6(fine_tuned(runs)))
 
 # %%
-detail = {"unseen_verbs": detail["unseen_verbs"], "rank": main.rank, "method": protected, "utility_ratio": kept.utility_ratio, "beyond_random": kept.refusal_over_random.as_dict(),
-           "leak": leaks["as saved"].total, "poisoned": poisoned.refusal_over_lora.as_dict(), "poison_ratio": ratio}
-report.claim("C8", estimate=kept.refusal_over_lora, control=("off a random subspace of equal rank", difference(runs, RANDOM, "refused", LORA)),
-             verdict=c8(kept), unit="share of harmful requests refused, minus plain LoRA's", seconds=seconds, details=detail, **where)
+detail = {"unseen_verbs": unseen, "rank": main.rank, "method": protected,
+          "utility_ratio": kept.utility_ratio, "beyond_random": kept.refusal_over_random.as_dict(),
+          "leak": leaks["as saved"].total, "poisoned": poisoned.refusal_over_lora.as_dict(),
+          "poison_ratio": ratio}
+control = ("off a random subspace of equal rank", difference(runs, RANDOM, "refused", LORA))
+report.claim("C8", estimate=kept.refusal_over_lora, control=control, verdict=c8(kept),
+             unit="share of harmful requests refused, minus plain LoRA's", details=detail, **source)
 print("C8", c8(kept))
 
 # %%
 # NBVAL_CHECK_OUTPUT
 report.check("finetuning.fall_of_refusal", fall_lora.estimate, atol=0.15)
-report.check("finetuning.benign_compliance_after_lora", fine_tuned(runs).benign_compliance.estimate, atol=0.05)
+report.check("finetuning.benign_compliance_after_lora", compliance, atol=0.05)
 report.check("finetuning.gain_on_tasks", kept.lora_gain.estimate, atol=0.1)
 report.check("finetuning.refusal_kept_beyond_lora", kept.refusal_over_lora.estimate, atol=0.15)
 report.check("finetuning.verdict_c6", c6(fine_tuned(runs)).verdict)
