@@ -2,24 +2,28 @@
 
 One clean pass stores the residual stream before each layer and z. To remove a head of layer l, its contribution
 z_h W_O^h is subtracted from attention's output, and MLP l and the layers above run again; all below is unchanged.
-All heads of a layer go through as one batch. The layers are the model's own modules, called with the masks and rotary
-tables of the clean pass, so that the result equals a hook loop on Llama, Qwen2 and Gemma (post-norms included).
+All heads of a layer go through as one batch, each distinct prefix of the batch's rows is computed once (the answers of
+a prompt share it), and the last layer and lm_head run only where answer tokens are predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from helpers.arch import Arch
-from helpers.generation import answer_rows, batches, pad_right
-from helpers.hooks import capture, head_slice
+from helpers.generation import answer_rows, batches
+from helpers.heads.restart import CleanPass, PrefixTree, Tables, prefix_tree
+from helpers.hooks import head_slice
 from helpers.models import LoadedModel
+
+Head = tuple[int, int]
+Means = Mapping[int, Float[Tensor, " d_z"]]
 
 
 @dataclass(frozen=True)
@@ -32,109 +36,81 @@ class Influence:
 
 @torch.inference_mode()
 def influence(lm: LoadedModel, users: Sequence[str], answers: Sequence[str], *, mode: str = "zero",
-              means: Mapping[int, Float[Tensor, " d_z"]] | None = None, batch_size: int = 32) -> Influence:
-    """I(l,h) = log P(answer | prompt) − log P without head (l,h), for every prompt and query head.
+              means: Means | None = None, span: str = "sequence", heads: Iterable[Head] | None = None,
+              batch_size: int = 32) -> Influence:
+    """I(l,h) = log P(answer | prompt) − log P without head (l,h), for every row and query head (nats, float32 on CPU).
 
-    The head is removed over the whole sequence: mode="zero" (the published form, off-distribution) or "mean" (its mean
-    over reference prompts, `means[layer]`: [n_heads · d_head]). `batch_size` counts prompts; n_heads times as many run
-    at once. ValueError for an unknown mode, missing means, or lists that do not match.
+    mode="zero" replaces z_h by zero (the published form, off-distribution), "mean" by its mean over reference prompts
+    (`means[layer]`: [n_heads · d_head]). span="sequence" does so at every position (published), "answer" only where
+    answer tokens are predicted: from the last prompt token on. Only `heads` are computed when given; the others are
+    NaN. Rows with the same prompt share it, so pass the answers to compare in one call; `batch_size` counts prompts.
+    ValueError for an unknown mode, span or head, missing means, or lists that do not match; RuntimeError when the
+    restart does not reproduce the model's own log-probability (an architecture or a hook it does not know).
     Source: Yang et al. 2025 (Modular Attribution). Story: notebooks/02_overlapping_neurons.
     """
     arch = lm.arch
-    if mode not in ("zero", "mean"):
-        raise ValueError(f"Unknown ablation mode {mode!r}: use 'zero' or 'mean'.")
-    if mode == "mean" and (means is None or set(range(arch.n_layers)) - set(means)):
-        raise ValueError("Mean-ablation needs means={layer: mean z} for every layer: average z over reference prompts.")
+    by_layer = _by_layer(arch, heads)
+    check_ablation(mode, means, span, by_layer)
     prompts, tails = answer_rows(lm, users, answers)
-    values = torch.empty(len(prompts), arch.n_layers, arch.n_heads)
+    values = torch.full((len(prompts), arch.n_layers, arch.n_heads), math.nan)
     clean = torch.empty(len(prompts))
-    for rows in batches([len(p) + len(a) for p, a in zip(prompts, tails, strict=True)], batch_size):
-        one = _Batch(lm, [prompts[i] for i in rows], [tails[i] for i in rows])
-        clean[rows] = one.clean.float().cpu()
-        for layer in range(arch.n_layers):
-            means_here = None if mode == "zero" else means[layer]
-            values[rows, layer] = (one.clean[:, None] - one.without_heads(layer, means_here)).float().cpu()
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]) + len(tails[i]))
+    tables = Tables(lm, prompts[longest], tails[longest])
+    for rows, tree in _batches(lm, prompts, tails, batch_size):
+        one = CleanPass(lm, tree, tables)
+        if longest in rows:
+            _require_equal(lm, one.logprob[rows.index(longest)], tables.logprob)
+        clean[rows] = one.logprob.float().cpu()
+        for layer, chosen in by_layer.items():
+            mean = None if mode == "zero" else means[layer]
+            ablated = _without_heads(one, layer, chosen, mean, span == "answer")
+            values[torch.tensor(rows)[:, None], layer, torch.tensor(chosen)] = (one.logprob - ablated).T.float().cpu()
     return Influence(values, clean)
 
 
-class _Batch:
-    """One batch, padded on the right (causal, so no mask): its clean pass, and restarts from any layer."""
+def check_ablation(mode: str, means: Means | None, span: str, layers: Iterable[int]) -> None:
+    """ValueError unless `mode` and `span` exist and mean-ablation has a mean for each of `layers`."""
+    if mode not in ("zero", "mean"):
+        raise ValueError(f"Unknown ablation mode {mode!r}: use 'zero' or 'mean'.")
+    if span not in ("sequence", "answer"):
+        raise ValueError(f"Unknown ablation span {span!r}: use 'sequence' or 'answer'.")
+    if mode == "mean" and (means is None or set(layers) - set(means)):
+        raise ValueError("Mean-ablation needs means={layer: mean z} for every layer: average z over reference prompts.")
 
-    def __init__(self, lm: LoadedModel, prompts: list[list[int]], answers: list[list[int]]) -> None:
-        self.arch: Arch = lm.arch
-        full, mask = pad_right([p + a for p, a in zip(prompts, answers, strict=True)], lm.pad_id)
-        full, mask = full.to(self.arch.device), mask.to(self.arch.device)
-        starts = torch.tensor([len(p) - 1 for p in prompts], device=full.device)
-        self.scored = mask[:, 1:] & (torch.arange(full.shape[1] - 1, device=full.device) >= starts[:, None])
-        self.targets: Int[Tensor, "batch seq"] = full[:, 1:]
-        layers = range(self.arch.n_layers)
-        self.kwargs: dict[int, dict[str, Any]] = {}
-        handles = [self.arch.layer(layer).register_forward_pre_hook(self._keeper(layer), with_kwargs=True)
-                   for layer in layers]
-        try:
-            with capture(self.arch.model, {"resid_pre": layers, "z": layers}) as self.cache:
-                hidden = self.arch.decoder(input_ids=full[:, :-1], use_cache=False).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.clean: Float[Tensor, " batch"] = self._score(hidden[self.scored][None])[:, 0]
 
-    def _keeper(self, layer: int) -> Any:
-        def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-            self.kwargs[layer] = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        return keep
+def prefix_trees(lm: LoadedModel, users: Sequence[str], answers: Sequence[str], *,
+                 batch_size: int = 32) -> list[PrefixTree]:
+    """The batches in which `influence` computes these rows, for `influence_flops`; errors as in `influence`."""
+    return [tree for _, tree in _batches(lm, *answer_rows(lm, users, answers), batch_size)]
 
-    def without_heads(self, layer: int, means: Float[Tensor, " d_z"] | None) -> Float[Tensor, "batch heads"]:
-        """Log-probability of each answer with one head of `layer` removed, for every head."""
-        arch = self.arch
-        z, out = self.cache[("z", layer)], arch.o_proj(layer)
-        attn_out = out(z)
-        removed = z if means is None else z - means.to(z)
-        parts = []
-        for head in range(arch.n_heads):
-            place = head_slice(arch, head)
-            parts.append(attn_out - removed[..., place] @ out.weight[:, place].T)
-        written = torch.stack(parts)
-        before = self.cache[("resid_pre", layer)]
-        if layer == arch.n_layers - 1:  # nothing above reads other positions: go on with the scored ones alone
-            written, before = written[:, self.scored], before[self.scored]
-        if arch.sandwich:
-            written = arch.attn_writer(layer)(written)
-        mid = before + written
-        mlp = arch.mlp(layer)(arch.norm_mlp(layer)(mid))
-        if arch.sandwich:
-            mlp = arch.mlp_writer(layer)(mlp)
-        stream = (mid + mlp).flatten(0, 1)
-        if layer == arch.n_layers - 1:
-            return self._score(arch.final_norm(stream).view(arch.n_heads, -1, arch.d_model))
-        for above in range(layer + 1, arch.n_layers):
-            stream = arch.layer(above)(stream, **self._repeated(above, arch.n_heads))
-            stream = stream[0] if isinstance(stream, tuple) else stream
-        hidden = stream.view(arch.n_heads, *z.shape[:2], arch.d_model)[:, self.scored]
-        return self._score(arch.final_norm(hidden))
 
-    def _repeated(self, layer: int, times: int) -> dict[str, Any]:
-        """The clean pass's arguments of a layer for `times` copies of the batch (copies outermost)."""
-        batch = self.targets.shape[0]
+def influence_flops(arch: Arch, trees: Iterable[PrefixTree], *, span: str = "sequence",
+                    heads: Iterable[Head] | None = None) -> int:
+    """Floating-point operations (2 per multiply-add) that restarting needs for these batches, matrix products only.
 
-        def repeat(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(repeat(one) for one in value)
-            if isinstance(value, Tensor) and value.shape[0] == batch and batch > 1:
-                return value.repeat(times, *[1] * (value.ndim - 1))
-            return value
-
-        per_row = ("attention_mask", "position_embeddings", "position_ids")
-        return {key: repeat(value) if key in per_row else value for key, value in self.kwargs[layer].items()}
-
-    def _score(self, hidden: Float[Tensor, "copies scored d"]) -> Float[Tensor, "batch copies"]:
-        """Summed log-probability of each row's answer from the final-normed states at the scored positions."""
-        logits = self.arch.logits(hidden)
-        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        targets = self.targets[self.scored]
-        picked = torch.zeros(hidden.shape[0], *self.scored.shape, device=hidden.device, dtype=logp.dtype)
-        picked[:, self.scored] = logp.gather(-1, targets[None, :, None].expand(len(hidden), -1, 1))[..., 0]
-        return picked.sum(-1).T
+    A lower bound for the algorithm: attention over distinct queries and the keys they see (no padding), everything
+    else once per distinct prefix and head; the last layer and lm_head at answer nodes; one clean pass per batch.
+    Story: notebooks/02_overlapping_neurons.
+    """
+    by_layer, d, d_z, last = _by_layer(arch, heads), arch.d_model, arch.n_heads * arch.d_head, arch.n_layers - 1
+    keys_values, queries_out, mlp = 2 * d * arch.n_kv_heads * arch.d_head, 2 * d * d_z, 3 * d * arch.d_mlp
+    total = 0
+    for tree in trees:
+        scored = len(tree.answer_nodes)
+        changed = scored if span == "answer" else tree.n_nodes
+        seen_by_scored = 2 * d_z * int((tree.position[tree.answer_nodes] + 1).sum())
+        seen_by_all = 2 * d_z * int((tree.position + 1).sum())
+        seen = seen_by_scored if span == "answer" else seen_by_all
+        full = changed * (keys_values + queries_out + mlp) + seen
+        top = changed * keys_values + scored * (queries_out + mlp) + seen_by_scored
+        logits = scored * d * arch.vocab
+        total += last * (tree.n_nodes * (keys_values + queries_out + mlp) + seen_by_all) + logits
+        total += tree.n_nodes * keys_values + scored * (queries_out + mlp) + seen_by_scored
+        for layer, chosen in by_layer.items():
+            here = scored if layer == last else changed
+            above = 0 if layer == last else (last - layer - 1) * full + top
+            total += len(chosen) * (here * (arch.d_head * d + mlp) + above + logits) + here * d * d_z
+    return 2 * total
 
 
 def contrast(first: Influence, second: Influence) -> Float[Tensor, "n layers heads"]:
@@ -145,3 +121,50 @@ def contrast(first: Influence, second: Influence) -> Float[Tensor, "n layers hea
     if first.values.shape != second.values.shape:
         raise ValueError(f"The two influences cover different prompts: {len(first.clean)} and {len(second.clean)}.")
     return first.values - second.values
+
+
+def _by_layer(arch: Arch, heads: Iterable[Head] | None) -> dict[int, list[int]]:
+    """{layer: query heads in ascending order}, of all heads when `heads` is None."""
+    if heads is None:
+        return {layer: list(range(arch.n_heads)) for layer in range(arch.n_layers)}
+    found: dict[int, list[int]] = {}
+    for layer, head in sorted({(int(layer), int(head)) for layer, head in heads}):
+        arch.layer(layer)
+        head_slice(arch, head)
+        found.setdefault(layer, []).append(head)
+    return found
+
+
+def _batches(lm: LoadedModel, prompts: list[list[int]], answers: list[list[int]],
+             batch_size: int) -> Iterator[tuple[list[int], PrefixTree]]:
+    """Rows and their tree, `batch_size` prompts with all their answers at a time; alike ones of a length together."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(tuple(prompt), []).append(row)
+    ordered = sorted(groups)
+    lengths = [len(prompt) + max(len(answers[row]) for row in groups[prompt]) for prompt in ordered]
+    for chosen in batches(lengths, batch_size):
+        rows = [row for i in chosen for row in groups[ordered[i]]]
+        yield rows, prefix_tree([prompts[row] for row in rows], [answers[row] for row in rows], lm.pad_id)
+
+
+def _without_heads(clean: CleanPass, layer: int, heads: list[int], mean: Float[Tensor, " d_z"] | None,
+                   answer_only: bool) -> Float[Tensor, "heads rows"]:
+    """log P of each row's answer with one head of `layer` removed, for each of `heads`."""
+    arch = clean.arch
+    z, out = clean.z[layer], arch.o_proj(layer)
+    if answer_only or layer == arch.n_layers - 1:  # nothing above the last layer reads other positions
+        z = z[clean.tree.answer_nodes]
+    removed = z if mean is None else z - mean.flatten().to(z)
+    zero = z.new_zeros(1, z.shape[-1])
+    weight = out(torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)) - out(zero)  # W_Oᵀ, adapters included
+    by_head = torch.stack([removed[:, head_slice(arch, head)] for head in heads])
+    rows = torch.stack([weight[head_slice(arch, head)] for head in heads])
+    return clean.restart(layer, torch.baddbmm(out(z)[None], by_head, rows, alpha=-1), answer_only)
+
+
+def _require_equal(lm: LoadedModel, ours: Tensor, own: Tensor) -> None:
+    tolerance = math.sqrt(torch.finfo(lm.dtype).eps) * (1 + abs(own.item()))
+    if not abs(ours.item() - own.item()) <= tolerance:
+        raise RuntimeError(f"Restarting {lm.name} gives log P {ours.item():.4f} where its own forward gives "
+                           f"{own.item():.4f}: remove hooks from the model, or use ablate_heads for this architecture.")

@@ -71,12 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line: ``--couplings``, ``--seeds``, ``--install``, ``--card``, ``--threads``."""
     parser = argparse.ArgumentParser(description="Train the embedded models from their seeds.")
     parser.add_argument("--couplings", nargs="+", default=["default"], choices=list(COUPLINGS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="training seeds; none to train nothing")
     parser.add_argument("--install", action="store_true", help="copy the first seed into data/organism")
     parser.add_argument("--population", action="store_true", help="copy the chat models of all other runs as well")
     parser.add_argument("--card", action="store_true", help="measure the preconditions of the default coupling's seeds")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
+    if args.install and not args.seeds:
+        parser.error("--install copies the first of --seeds: name one")
     for seed in args.seeds:
         for coupling in args.couplings:
             folder = run_folder(coupling, seed)

@@ -71,10 +71,18 @@ def fit_iti(lm: LoadedModel, asked: Asked, strengths: Sequence[float]) -> iti.It
     return best[1]
 
 
+def fit_rank_one(lm: LoadedModel, asked: Asked, strengths: Sequence[float]) -> rank_one.RankOne:
+    """The rank-1 direction of the module, o_proj or down_proj, whose adapter predicts wrong answers to unseen fit
+    questions best; strengths have no say.
+    """
+    fitted = [rank_one.fit(lm, asked.facts, module=module) for module in ("o_proj", "down_proj")]
+    return min(fitted, key=lambda one: one.held_out[one.layer][1])
+
+
 METHODS: dict[str, tuple[tuple[float, ...], Callable[..., Intervention]]] = {
     "ITI": ((1.0, 2.0, 3.0, 5.0, 7.0, 10.0), fit_iti),
-    "TruthX": ((0.05, 0.1, 0.2, 0.4, 0.8, 1.6), lambda lm, asked, strengths: truthx.fit(lm, asked.facts)),
-    "rank-1": ((-4.0, -2.0, 1.0, 2.0, 4.0, 8.0), lambda lm, asked, strengths: rank_one.fit(lm, asked.facts)),
+    "TruthX": ((0.05, 0.1, 0.2, 0.3, 0.5, 0.8), lambda lm, asked, strengths: truthx.fit(lm, asked.facts)),
+    "rank-1": ((-4.0, -2.0, 1.0, 2.0, 3.0, 4.0, 6.0), fit_rank_one),
     "prompt": ((1.0,), lambda lm, asked, strengths: Instruction()),
 }
 """Per method its strengths (units in its docstring; negative ones steer against truth) and how it is fitted."""

@@ -1,0 +1,231 @@
+"""MLP neurons: first-order scores of every neuron for the price of one backward, and exact ablation of chosen ones.
+
+A neuron is one entry of down_proj's input. Its score is activation times gradient, summed over every position of
+prompt and answer, so that it approximates removing the neuron from the whole sequence, as the influence of a head does.
+Scores are kept per prompt, so that the nulls of overlap.py apply, in float32: layers · d_mlp · 4 bytes a prompt, which
+for 32 layers of 14,336 neurons is 1.8 MB. `batch_size` bounds what the backward pass holds at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from helpers.arch import Arch
+from helpers.generation import answer_rows, batch_logprobs, batches
+from helpers.heads.screening import miss_bound
+from helpers.hooks import Edit, edit
+from helpers.models import LoadedModel
+from helpers.stats import Interval
+
+Neuron = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Prompts and the two answers of each that a score compares: first minus second."""
+
+    users: list[str]
+    first: list[str]
+    second: list[str]
+
+
+def fact_pairs(facts: Sequence[dict]) -> Pairs:
+    """Each question with its myth (first wrong answer) against truth. Story: notebooks/02_overlapping_neurons."""
+    wrong = [row["wrong"][0] for row in facts]
+    return Pairs([row["question"] for row in facts], wrong, [row["right"] for row in facts])
+
+
+def request_pairs(requests: Sequence[dict]) -> Pairs:
+    """Each request with its refusal against compliance. Story: notebooks/02_overlapping_neurons."""
+    return Pairs(*([row[key] for row in requests] for key in ("prompt", "refusal", "compliance")))
+
+
+def hallucination_neurons(lm: LoadedModel, facts: Sequence[dict], *,
+                          batch_size: int = 32) -> Float[np.ndarray, "n layers neurons"]:
+    """Wrong minus right per question, in nats: positive where a neuron favours the myth; as `neuron_attribution`.
+
+    Story: notebooks/02_overlapping_neurons.
+    """
+    return neuron_attribution(lm, fact_pairs(facts), batch_size=batch_size)
+
+
+def refusal_neurons(lm: LoadedModel, requests: Sequence[dict], *,
+                    batch_size: int = 32) -> Float[np.ndarray, "n layers neurons"]:
+    """Refusal minus compliance per request, in nats: positive where a neuron favours refusing.
+
+    Harmful requests give the score; benign ones its control (see `harmless_control`). As `neuron_attribution`.
+    Story: notebooks/02_overlapping_neurons.
+    """
+    return neuron_attribution(lm, request_pairs(requests), batch_size=batch_size)
+
+
+def neuron_attribution(lm: LoadedModel, pairs: Pairs, *, batch_size: int = 32) -> Float[np.ndarray, "n layers neurons"]:
+    """Σ over positions of x · ∂ log P(answer | prompt) / ∂x of the first answer minus the same of the second, in nats.
+
+    x is the neuron's activation; each answer is a row of its own with its own gradient. float32, per prompt. It is the
+    first-order influence of zero-ablating the neuron everywhere: verify what it ranks first with `verify`.
+    ValueError for lists that do not match, empty prompts or rows beyond the context; RuntimeError for NaN.
+    Source: attribution patching (Nanda 2023; Syed et al. 2023). Story: notebooks/02_overlapping_neurons.
+    """
+    arch = lm.arch
+    found = torch.zeros(len(pairs.users), arch.n_layers, arch.d_mlp)
+    for sign, answers in ((1, pairs.first), (-1, pairs.second)):
+        prompts, tails = answer_rows(lm, pairs.users, answers)
+        for rows in batches([len(p) + len(a) for p, a in zip(prompts, tails, strict=True)], batch_size):
+            found[rows] += sign * _attribution(lm, arch, [prompts[i] for i in rows], [tails[i] for i in rows])
+    if not torch.isfinite(found).all():
+        raise RuntimeError(f"The gradients of {lm.name} are NaN or infinite in {lm.dtype}: load it in float32 or "
+                           "bfloat16.")
+    return found.numpy()
+
+
+def _attribution(lm: LoadedModel, arch: Arch, prompts: list[list[int]],
+                 tails: list[list[int]]) -> Float[Tensor, "batch layers neurons"]:
+    seen: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        seen.append(x)
+        return x
+
+    with torch.inference_mode(False), torch.enable_grad():
+        with edit(lm.model, {("neurons", layer): keep for layer in range(arch.n_layers)}):
+            logprob = batch_logprobs(lm, arch, prompts, tails)
+        gradients = torch.autograd.grad(logprob.sum(), seen)
+    products = [torch.einsum("bsd,bsd->bd", *(t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in pair))
+                for pair in zip(seen, gradients, strict=True)]
+    return torch.stack([product.float().cpu() for product in products], 1)
+
+
+@torch.inference_mode()
+def exact_scores(lm: LoadedModel, pairs: Pairs, neurons: Iterable[Neuron], *,
+                 batch_size: int = 64) -> Float[np.ndarray, "n chosen"]:
+    """What zero-ablating each (layer, neuron) at every position does to first minus second, in nats per prompt.
+
+    Clean minus ablated, so positive where the neuron favours the first answer. `batch_size` counts rows; few prompts
+    go through with several neurons at once. ValueError for an unknown or repeated neuron, or none.
+    Source: zero-ablation as for heads (Yang et al. 2025). Story: notebooks/02_overlapping_neurons.
+    """
+    arch, chosen = lm.arch, [(int(layer), int(neuron)) for layer, neuron in neurons]
+    _require_neurons(arch, chosen)
+    n = len(pairs.users)
+    prompts, tails = answer_rows(lm, list(pairs.users) * 2, [*pairs.first, *pairs.second])
+    values = torch.empty(2 * n, len(chosen), dtype=torch.float64)
+    for rows in batches([len(p) + len(a) for p, a in zip(prompts, tails, strict=True)], batch_size):
+        some = [prompts[i] for i in rows], [tails[i] for i in rows]
+        clean = batch_logprobs(lm, arch, *some)
+        copies = max(1, batch_size // len(rows))
+        for start in range(0, len(chosen), copies):
+            part = chosen[start:start + copies]
+            with edit(lm.model, _zeros(part, len(rows))):
+                without = batch_logprobs(lm, arch, *(x * len(part) for x in some))
+            change = clean.cpu().double() - without.cpu().double().view(len(part), -1)
+            values[rows, start:start + len(part)] = change.T
+    return (values[:n] - values[n:]).numpy()
+
+
+def _zeros(chosen: Sequence[Neuron], n_rows: int) -> dict[tuple[str, int], Edit]:
+    """Edits that zero the i-th neuron in the i-th block of `n_rows` rows."""
+    by_layer: dict[int, list[tuple[int, int]]] = {}
+    for copy, (layer, neuron) in enumerate(chosen):
+        by_layer.setdefault(layer, []).append((copy, neuron))
+
+    def make(places: list[tuple[int, int]]) -> Edit:
+        def zero(x: Tensor) -> Tensor:
+            x = x.clone()
+            for copy, neuron in places:
+                x[copy * n_rows:(copy + 1) * n_rows, :, neuron] = 0
+            return x
+        return zero
+
+    return {("neurons", layer): make(places) for layer, places in by_layer.items()}
+
+
+def _require_neurons(arch: Arch, chosen: Sequence[Neuron]) -> None:
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise ValueError("Give at least one neuron as (layer, index), and each only once.")
+    for layer, neuron in chosen:
+        arch.layer(layer)
+        if not 0 <= neuron < arch.d_mlp:
+            raise ValueError(f"Neuron {neuron} does not exist: each layer has neurons 0 to {arch.d_mlp - 1}.")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """First-order and exact scores [n, chosen] in nats of the `top` neurons and, after them, of `random` others.
+
+    `correlation` (Pearson) and `slope` (exact on attribution, least squares through the origin; 1 is perfect) compare
+    the means over prompts, with prompts resampled. `threshold` is the smallest |exact| of the top; `random_misses` of
+    the random neurons exceed it, and with 95 % confidence at most the share `miss_bound` of all neurons never verified
+    (NaN without random ones).
+    """
+
+    top: tuple[Neuron, ...]
+    random: tuple[Neuron, ...]
+    attribution: Float[np.ndarray, "n chosen"]
+    exact: Float[np.ndarray, "n chosen"]
+    correlation: Interval
+    slope: Interval
+    threshold: float
+    random_misses: int
+    miss_bound: float
+
+    @property
+    def neurons(self) -> tuple[Neuron, ...]:
+        """The verified neurons in the order of the columns."""
+        return self.top + self.random
+
+
+def top_and_random(scores: Float[np.ndarray, "n layers neurons"], k: int, n_random: int,
+                   seed: int = 0) -> tuple[list[Neuron], list[Neuron]]:
+    """The k neurons of largest |mean score|, and `n_random` drawn from the others; ValueError when too many."""
+    size = np.abs(scores.mean(0)).ravel()
+    if k < 1 or n_random < 0 or k + n_random > size.size:
+        raise ValueError(f"Cannot take {k} top and {n_random} random neurons: there are {size.size} in all.")
+    order = np.argsort(-size, kind="stable")
+    drawn = np.random.default_rng(seed).choice(order[k:], n_random, replace=False)
+    first, second = ([divmod(int(i), scores.shape[2]) for i in part] for part in (order[:k], drawn))
+    return first, second
+
+
+def verify(lm: LoadedModel, pairs: Pairs, scores: Float[np.ndarray, "n layers neurons"], top: Sequence[Neuron],
+           random: Sequence[Neuron] = (), *, n_boot: int = 1000, seed: int = 0, batch_size: int = 64) -> Verification:
+    """Ablate the `top` and `random` neurons one at a time and compare with their first-order `scores` of these pairs.
+
+    Choose both with `top_and_random`. ValueError for fewer than three neurons, or scores of other prompts.
+    Story: notebooks/02_overlapping_neurons.
+    """
+    chosen = [*top, *random]
+    if len(scores) != len(pairs.users) or scores.shape[1:] != (lm.arch.n_layers, lm.arch.d_mlp):
+        raise ValueError(f"Scores of shape {scores.shape} do not belong to these {len(pairs.users)} prompts and this "
+                         "model: pass what neuron_attribution returned for them.")
+    if len(chosen) < 3 or not top:
+        raise ValueError(f"A comparison needs at least three neurons, one of them a top one, and got {len(chosen)}.")
+    exact = exact_scores(lm, pairs, chosen, batch_size=batch_size)
+    linear = scores[:, *np.array(chosen).T].astype(np.float64)
+    rng, n = np.random.default_rng(seed), len(scores)
+    weights = np.concatenate([np.full((1, n), 1 / n), rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n])
+    x, y = weights @ linear, weights @ exact
+    sizes = np.abs(exact.mean(0))
+    threshold = float(sizes[:len(top)].min())
+    misses = int((sizes[len(top):] > threshold).sum())
+    bound = miss_bound(misses, len(random), scores[0].size - len(top)) if random else float("nan")
+    centred = [values - values.mean(1, keepdims=True) for values in (x, y)]
+    return Verification(tuple(top), tuple(random), linear, exact, _interval(_cosine(*centred), n),
+                        _interval((x * y).sum(1) / (x**2).sum(1), n), threshold, misses, bound)
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
+
+
+def _interval(values: np.ndarray, n: int) -> Interval:
+    """The first value, with the 95 % range of the others."""
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return Interval(float(values[0]), float(low), float(high), n)
