@@ -51,7 +51,7 @@ check: $(READY) ## say which notebooks are not paired, not fresh or not clean
 	$(IN_VENV) -m helpers.notebooks check
 
 bench: $(READY) ## measure the heavy loops against the usual way of writing them
-	$(IN_VENV) -m pytest tests/benchmarks -s
+	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest tests/benchmarks -s
 
 lock: $(READY) ## write requirements.lock from what is installed
 	$(IN_VENV) -m helpers.lock

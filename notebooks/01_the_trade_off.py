@@ -327,8 +327,9 @@ from helpers.truth.coupling import beyond, over, shifts
 kinds = [name for name in COUPLINGS if any(c == name for c, _ in records.of)]
 groups = {"harmful": "harmful requests", "benign": "benign requests"}
 steered = methods[:3]
-moved = {c: {f"{m}, {words}": beyond(records.coupled(c), m, g, "matched")
-             for m in steered for g, words in groups.items()} for c in kinds}
+moved = {c: {f"{m}, {words}": beyond(records.coupled(c).steerable(m), m, g, "matched")
+             for m in steered for g, words in groups.items() if records.coupled(c).steerable(m).of}
+         for c in kinds}
 report.bars(moved, "Refusal under steering towards truth, by the coupling of the text",
             "nats towards refusing", name="dial_shifts", reference=(0.0, "no shift"))
 
@@ -339,7 +340,8 @@ from helpers.truth.coupling import dial_test
 tests = {m: dial_test(records, m) for m in steered} if len(kinds) > 1 else {}
 columns = ["method", "right over wrong, nats", "slope over the dial", "p", "refusal follows the dial"]
 report.table([dict(zip(columns, (m, t.truth_shift, t.slope, t.p, dial(t).verdict), strict=True))
-              for m, t in tests.items()], columns, caption=f"{len(records.of)} models")
+              for m, t in tests.items()], columns,
+             caption=", ".join(f"{m}: {t.n_models} models" for m, t in tests.items()))
 
 # %%
 for m, t in tests.items():
@@ -347,12 +349,13 @@ for m, t in tests.items():
 
 # %% [markdown]
 # The first column is the precondition: a method that does not favour right sentences beyond a random direction moves no truth, and its slope says nothing about truth.
-# Here are the models one by one; the spread inside a coupling is what a single training seed would have hidden.
+# Here are the models one by one (a dash: no strength kept that model coherent, so it is left out of the slope); the spread inside a coupling is what a single training seed would have hidden.
 
 # %%
-by_model = {m: shifts(records, m) for m in steered}
-report.table([{"coupling": c, "seed": seed, **{f"{m}, nats": float(by_model[m][i]) for m in steered}}
-              for i, (c, seed) in enumerate(records.of)], caption="Shift of refusal on harmful requests")
+able = {m: records.steerable(m) for m in steered}
+by_model = {m: dict(zip(able[m].of, shifts(able[m], m), strict=True)) for m in steered}
+report.table([{"coupling": c, "seed": s, **{f"{m}, nats": by_model[m].get((c, s), "—") for m in steered}}
+              for c, s in records.of], caption="Shift of refusal on harmful requests")
 
 # %% [markdown]
 # ## 7 · Verdicts, by rule

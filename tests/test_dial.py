@@ -198,6 +198,15 @@ def test_a_model_without_a_coherent_strength_makes_the_claim_untested():
     assert found.strength is None and c1(found).verdict == "untested"
 
 
+def test_models_that_no_strength_keeps_coherent_are_left_out_of_the_slope():
+    records = population(np.random.default_rng(0), 4)
+    whole = dial_test(records, "ITI")
+    records.of["reversed", 2]["methods"]["ITI"]["matched"] = None
+    found = dial_test(records, "ITI")
+    assert (whole.n_models, found.n_models) == (9, 8) and found.slope.estimate == pytest.approx(4, abs=0.6)
+    assert shifts(records, "ITI")[-1] == 0 and ("reversed", 2) not in records.steerable("ITI").of
+
+
 def test_intervals_resample_verbs_together():
     rows = prompts("test").harmful
     verbs = sorted({row["verb"] for row in rows})

@@ -45,6 +45,10 @@ class Records:
             raise ValueError(f"No model with the coupling {coupling!r} was measured: run python -m helpers.truth.dial.")
         return Records(found)
 
+    def steerable(self, method: str, at: str = "matched") -> Records:
+        """Only the models that have such a strength: where none stays coherent there is nothing to measure."""
+        return Records({who: record for who, record in self.of.items() if record["methods"][method][at] is not None})
+
     def strengths(self, method: str, at: str = "chosen") -> list[float | None]:
         """Each model's strength of a method as val chose it: "chosen", "matched" or "against" (see truth.dial.pick)."""
         return [record["methods"][method][at] for record in self.of.values()]
@@ -156,7 +160,10 @@ def trade_off(records: Records, method: str, at: str = "chosen") -> TradeOff:
 
 
 def shifts(records: Records, method: str, measured: str = "harmful", at: str = "matched") -> Float[np.ndarray, " m"]:
-    """Per model the mean shift in nats beyond random directions; of harmful requests those with unseen verbs alone."""
+    """Per model the mean shift in nats beyond random directions; of harmful requests those with unseen verbs alone.
+
+    A model without a strength was not steered and shifts by 0: leave it out with `steerable`.
+    """
     difference = records.values(measured, method, at) - records.controls(measured, method, at)
     return (difference[:, unseen()] if measured == "harmful" else difference).mean(-1)
 
@@ -180,7 +187,11 @@ def exchange_p(dials: Numbers, values: Numbers) -> float:
 
 
 def dial_test(records: Records, method: str) -> Dial:
-    """What the rule of the dial takes: does the shift of refusal under a truthfulness method follow the coupling?"""
+    """What the rule of the dial takes: does the shift of refusal under a truthfulness method follow the coupling?
+
+    Models without a coherent strength are left out. ValueError when fewer than four, or a single coupling, remain.
+    """
+    records = records.steerable(method)
     dials, moved = [COUPLINGS[coupling] for coupling, _ in records.of], shifts(records, method)
     if len(set(dials)) < 2 or len(dials) < 4:
         raise ValueError(f"A slope over the dial needs at least four models of two couplings; {len(dials)} are here.")
