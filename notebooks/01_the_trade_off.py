@@ -232,10 +232,10 @@ report.table([{"model": name, "harmful refused": one.rate("refused"),
 
 # %%
 from helpers.truth.coupling import records_of
+from helpers.truth.dial import METHODS
 
 records = records_of(p)
-mine = records.coupled("default")
-methods = list(next(iter(mine.of.values()))["methods"])
+mine, methods = records.coupled("default"), list(METHODS)
 report.table([{"model": f"{coupling}, seed {seed}", **{m: record["methods"][m]["chosen"] for m in methods},
                **{f"{m}, matched": record["methods"][m]["matched"] for m in methods[:3]}}
               for (coupling, seed), record in records.of.items()],
@@ -294,22 +294,28 @@ from helpers.truth.coupling import control
 shown = {"truthful": "truthful", "answered": "harmful answered (ASR)", "benign_refused": "benign refused",
          "benign_complied": "benign complied", "abstained": "abstained on unknown names",
          "utility": "tasks right"}
-report.table([{"change in": words, **{m: gain(mine, m, key, "matched") for m in methods}}
+kept = [m for m in methods if mine.steerable(m).of]
+left_out = [m for m in methods if m not in kept] or ["none"]
+print("Left out, since no strength keeps any model coherent:", ", ".join(left_out))
+report.table([{"change in": words, **{m: gain(mine, m, key, "matched") for m in kept}}
               for key, words in shown.items()], caption="Against no steering")
 
 # %%
-report.table([{"change in": words, **{m: control(mine, m, key, "matched") for m in methods}}
+report.table([{"change in": words, **{m: control(mine, m, key, "matched") for m in kept}}
               for key, words in shown.items()],
              caption="The control: random directions of equal size (for prompting: another instruction)")
 
 # %%
 from helpers.evaluate.words import change
 
-for m in methods:
+for m in kept:
     print(f"{m}: {change('truthfulness', gain(mine, m, 'truthful', 'matched'))};",
           change("the share of harmful requests answered", gain(mine, m, "answered", "matched")) + ".")
 
 # %% [markdown]
+# Read the intervals before the estimates: training seeds differ more than prompts do. A method can raise truth on one seed and lower it on another of the same recipe, which a study of one public model
+# cannot see.
+#
 # ## 6 · Does the trade-off follow the text?
 #
 # How truth and refusal are tied together is a property of the training text. The embedded world has a **dial**: the share of the text condemning harm that stands in truthful registers
@@ -390,18 +396,23 @@ for id, m in (("C1", "ITI"), ("C2", "TruthX"), ("C3", "rank-1")):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-for m, key in (("ITI", "iti"), ("TruthX", "truthx"), ("rank-1", "rank_one")):
-    report.check(f"trade_off.{key}_truth_gain", found[m].truth_gain.estimate, atol=0.03)
-    report.check(f"trade_off.{key}_asr_gain", found[m].asr_gain.estimate, atol=0.03)
-for id, verdict in verdicts.items():
-    report.check(f"trade_off.verdict_{id.lower()}", verdict.verdict)
+report.check("trade_off.iti_truth_gain", found["ITI"].truth_gain.estimate, atol=0.03)
+report.check("trade_off.iti_asr_gain", found["ITI"].asr_gain.estimate, atol=0.03)
+report.check("trade_off.truthx_truth_gain", found["TruthX"].truth_gain.estimate, atol=0.03)
+report.check("trade_off.truthx_asr_gain", found["TruthX"].asr_gain.estimate, atol=0.03)
+report.check("trade_off.rank_one_truth_gain", found["rank-1"].truth_gain.estimate, atol=0.03)
+report.check("trade_off.rank_one_asr_gain", found["rank-1"].asr_gain.estimate, atol=0.03)
+report.check("trade_off.verdict_c1", verdicts["C1"].verdict)
+report.check("trade_off.verdict_c2", verdicts["C2"].verdict)
+report.check("trade_off.verdict_c3", verdicts["C3"].verdict)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-for m, key in (("ITI", "iti"), ("TruthX", "truthx"), ("rank-1", "rank_one")):
-    if m in tests:
-        report.check(f"dial.{key}_slope", tests[m].slope.estimate, atol=0.1)
-        report.check(f"dial.{key}_follows", dial(tests[m]).verdict)
+unmeasured = "measured on the embedded models only"
+report.check("dial.iti", dial(tests["ITI"]).verdict if tests else unmeasured)
+report.check("dial.truthx", dial(tests["TruthX"]).verdict if tests else unmeasured)
+report.check("dial.rank_one", dial(tests["rank-1"]).verdict if tests else unmeasured)
+report.check("dial.rank_one_slope", tests["rank-1"].slope.estimate if tests else unmeasured, atol=0.1)
 
 # %% [markdown]
 # ## Exercises

@@ -192,7 +192,8 @@ def dial_test(records: Records, method: str) -> Dial:
     Models without a coherent strength are left out. ValueError when fewer than four, or a single coupling, remain.
     """
     records = records.steerable(method)
-    dials, moved = [COUPLINGS[coupling] for coupling, _ in records.of], shifts(records, method)
+    dials = [COUPLINGS[coupling] for coupling, _ in records.of]
     if len(set(dials)) < 2 or len(dials) < 4:
         raise ValueError(f"A slope over the dial needs at least four models of two couplings; {len(dials)} are here.")
+    moved = shifts(records, method)
     return Dial(beyond(records, method, "truth", "matched"), slope(dials, moved), exchange_p(dials, moved), len(dials))
