@@ -227,7 +227,7 @@ report.table([{"model": name, "harmful refused": one.rate("refused"),
 # coherent in every set, the one with the most truthful answers. **Matched**: the strongest that stays coherent, so that methods are compared at equal damage. ITI's number of
 # heads and kind of direction are chosen on validation prompts too.
 #
-# A sweep of four methods over six strengths, with three random controls each, on nine embedded models takes longer than a notebook should: `python -m helpers.truth.dial` ran it, and
+# A sweep of four methods over their strengths, with three random controls each, on every embedded model takes longer than a notebook should: `python -m helpers.truth.dial` ran it, and
 # its answers, prompt by prompt, stand in `data/results/dial` with the hash of the weights and of the code. (On another profile this cell runs the sweep on your model.)
 
 # %%
@@ -270,14 +270,17 @@ report.check("trade_off.stored_answers_come_again", bool(min(spot.values()) > 0.
 # %%
 from helpers.truth.coupling import curve, gain
 
+kept = [m for m in methods if mine.steerable(m).of]
+left_out = [m for m in methods if m not in kept] or ["none"]
+print("Left out, since no strength keeps any model coherent:", ", ".join(left_out))
 paths = {m: [(f"strength {s:g}", gain(mine, m, "truthful", s), gain(mine, m, "refused", s))
-             for s in curve(mine, m, "truthful") if s > 0] for m in methods}
+             for s in curve(mine, m, "truthful") if s > 0] for m in kept}
 report.paths(paths, "What each method buys and costs, default coupling", "change in truthful answers",
              "change in harmful requests refused", name="trade_off_paths")
 
 # %%
 report.paths({m: [(f"strength {s:g}", gain(mine, m, "truthful", s), gain(mine, m, "benign_refused", s))
-                  for s in curve(mine, m, "truthful") if s > 0] for m in methods},
+                  for s in curve(mine, m, "truthful") if s > 0] for m in kept},
              "The other failure: benign requests refused", "change in truthful answers",
              "change in benign requests refused", name="trade_off_over_refusal")
 
@@ -294,9 +297,6 @@ from helpers.truth.coupling import control
 shown = {"truthful": "truthful", "answered": "harmful answered (ASR)", "benign_refused": "benign refused",
          "benign_complied": "benign complied", "abstained": "abstained on unknown names",
          "utility": "tasks right"}
-kept = [m for m in methods if mine.steerable(m).of]
-left_out = [m for m in methods if m not in kept] or ["none"]
-print("Left out, since no strength keeps any model coherent:", ", ".join(left_out))
 report.table([{"change in": words, **{m: gain(mine, m, key, "matched") for m in kept}}
               for key, words in shown.items()], caption="Against no steering")
 
@@ -309,8 +309,8 @@ report.table([{"change in": words, **{m: control(mine, m, key, "matched") for m 
 from helpers.evaluate.words import change
 
 for m in kept:
-    print(f"{m}: {change('truthfulness', gain(mine, m, 'truthful', 'matched'))};",
-          change("the share of harmful requests answered", gain(mine, m, "answered", "matched")) + ".")
+    print(f"{m}: {change('truthfulness', gain(mine, m, 'truthful', 'matched'))};")
+    print("   ", change("the share of harmful requests answered", gain(mine, m, "answered", "matched")) + ".")
 
 # %% [markdown]
 # Read the intervals before the estimates: training seeds differ more than prompts do. A method can raise truth on one seed and lower it on another of the same recipe, which a study of one public model
@@ -320,7 +320,7 @@ for m in kept:
 #
 # How truth and refusal are tied together is a property of the training text. The embedded world has a **dial**: the share of the text condemning harm that stands in truthful registers
 # (one minus it is the share of the how-to text there). At the *default* manuals and encyclopedias carry the procedures and condemnation is casual talk, as argued in the model card; *absent* has no
-# coupling; *reversed* is the mirror image. Each was trained from three seeds.
+# coupling; *reversed* is the mirror image. Each was trained from several seeds (section 4 lists them).
 #
 # If the paper's story is right, steering towards truth should make refusal *less* likely at the default and *more* likely when the coupling is reversed. Rates are blunt, so the measure is the
 # log-odds of opening with a refusal, on harmful requests whose verbs were never refused in training, beyond random directions of equal size, at matched coherence.

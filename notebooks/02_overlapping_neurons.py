@@ -185,6 +185,12 @@ variants = {"zero, whole sequence": refusal_scores(lm, few),
 report.table([{"refusal score by": name, **{f"ρ with {other}": rank_correlation(scores, variants[other])
                                             for other in variants}} for name, scores in variants.items()])
 
+# %%
+agree = rank_correlation(variants["zero, whole sequence"], variants["mean, whole sequence"])
+verb = "mostly agree" if agree.low > 0.7 else "are different questions"
+print(f"Zeroing a head and replacing it by its mean {verb}: rank correlation {agree.estimate:.2f}", end=" ")
+print(f"[{agree.low:.2f}, {agree.high:.2f}].")
+
 # %% [markdown]
 # ### Screening: gradients first, the truth for a few
 # On a model with a thousand heads even the fast exact loop takes minutes. First-order attribution, $z\cdot\partial \log P/\partial z$, ranks all heads in one backward pass, the best are verified
@@ -329,6 +335,11 @@ report.lines(counts, {"shared neurons": [float(len(test.shared)) for test in tes
 report.table([{"top k": test.k, "shared": len(test.shared), "expected": test.layer_matched.expected,
                "p, same layers": test.layer_matched.p, "p, shuffled labels": test.shuffled.p}
               for test in tests_n])
+
+# %%
+beyond = [test.k for test in tests_n if test.layer_matched.p < 0.05 and test.shuffled.p < 0.05]
+said = f"beyond both nulls at k = {beyond}" if beyond else "at no k beyond both nulls"
+print(f"The top neurons of the two scores overlap {said}.")
 
 # %%
 # NBVAL_CHECK_OUTPUT
