@@ -70,7 +70,7 @@ def local_guard(lm: LoadedModel, users: Sequence[str], answers: Sequence[str], *
     """
     asked = _asked(users, answers)
     rows = [json.dumps([users[i], answers[i]]) for i in asked]
-    framed = _Framed(**{one.name: getattr(lm, one.name) for one in fields(LoadedModel)})
+    framed = _Framed(**{one.name: getattr(lm, one.name) for one in fields(LoadedModel) if one.init})
     replies = generate(framed, rows, max_new_tokens=max_new_tokens, batch_size=batch_size) if rows else []
     found = [guard_verdict(reply.text) for reply in replies]
     if strict and None in found:
