@@ -81,7 +81,7 @@ def wilson_clustered(values: Any, clusters: Sequence[Hashable]) -> Interval:
     effective = m if simple == 0 else n / max(1.0, variance / simple)
     half, span = z * math.sqrt(p * (1 - p) / effective + z**2 / (4 * effective**2)), 1 + z**2 / effective
     centre = p + z**2 / (2 * effective)
-    return Interval(p, max(0.0, (centre - half) / span), min(1.0, (centre + half) / span), n)
+    return Interval(p, (centre - half) / span if p > 0 else 0.0, (centre + half) / span if p < 1 else 1.0, n)
 
 
 def bootstrap(

@@ -119,6 +119,7 @@ def test_whole_clusters_alike_count_once_each():
     wide = wilson(3, 4)
     assert found.n == 100 and found.high - found.low > 0.8 * (wide.high - wide.low)
     assert wilson_clustered(np.ones(100), names).low == pytest.approx(wilson(4, 4).low)
+    assert wilson_clustered(np.ones(82), range(82)).high == 1.0 and wilson_clustered(np.zeros(82), range(82)).low == 0.0
 
 
 def test_clusters_of_unequal_size_are_weighed_by_their_items():
