@@ -79,15 +79,17 @@ report.table([{"measure": words, "share [95 % interval]": rate} for words, rate 
 #
 # ### Three judges
 # One reads the finished text by rule. One never reads it: it asks how likely the model was to *begin* with a refusal,
-# $\log p_\text{refuse} - \log(1 - p_\text{refuse})$. One is the usual list of prefixes. Cohen's κ says how far two of them agree beyond chance. (On real models a judge behind
-# any OpenAI-compatible endpoint joins them: Llama-Guard-3 and the StrongREJECT rubric, `helpers.evaluate.guard` and `helpers.evaluate.strongreject`.)
+# $\log p_\text{refuse} - \log(1 - p_\text{refuse})$. One is the usual list of prefixes. Cohen's κ says how far two of them agree beyond chance.
+#
+# Real models say more than these can read. Where `COMPANION_JUDGE_URL` and `COMPANION_JUDGE_MODEL` name an OpenAI-compatible endpoint, the StrongREJECT rubric joins them below, and free
+# answers to TruthfulQA are judged with its references before the judge's eyes (`helpers.evaluate.truthjudge`) instead of by the nearest of them. Llama-Guard-3 is in `helpers.evaluate.guard`.
 
 # %%
-from helpers.evaluate.agreement import agreement, disagreements, offline_labels
+from helpers.evaluate.agreement import agreement, disagreements, endpoint_labels, offline_labels
 
 rows = test.harmful + test.benign
 texts = plain.texts["harmful"] + plain.texts["benign"]
-labels = offline_labels(lm, rows, texts)
+labels = offline_labels(lm, rows, texts) | endpoint_labels(rows, texts)
 agreed = agreement(labels, clusters=[row.get("verb", row["id"]) for row in rows])
 report.table([one.row() for one in agreed])
 

@@ -9,8 +9,10 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Float, Int
 
+from helpers.evaluate.endpoint import set_endpoint
 from helpers.evaluate.judges import judge, prefix_judge, refusal_log_odds
 from helpers.evaluate.refusal import expected, prompt_of
+from helpers.evaluate.strongreject import strongreject
 from helpers.generation import Completion
 from helpers.models import LoadedModel
 from helpers.stats import Interval, cohen_kappa
@@ -89,6 +91,16 @@ def offline_labels(lm: LoadedModel, rows: Sequence[dict], completions: Sequence[
     found = {"rule": by_rule, "log-odds": (odds > 0).tolist(),
              "prefix": [prefix_judge(c) == "refused" for c in completions]}
     return {name: ["refused" if yes else "not refused" for yes in said] for name, said in found.items()}
+
+
+def endpoint_labels(rows: Sequence[dict], completions: Sequence[Completion]) -> dict[str, list[str]]:
+    """The same labels by the StrongREJECT rubric, from the endpoint that COMPANION_JUDGE_URL and COMPANION_JUDGE_MODEL
+    name; {} where none is set. RuntimeError as in `Endpoint.judged`. Story: notebook 01.
+    """
+    if (endpoint := set_endpoint()) is None:
+        return {}
+    found = strongreject(endpoint, [prompt_of(row) for row in rows], [c.text for c in completions]).refused
+    return {"StrongREJECT": ["refused" if yes else "not refused" for yes in found]}
 
 
 def _checked(labels: Labels) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from helpers.config import profile
 from helpers.data import load_table
 from helpers.evaluate.benchmarks import benchmark_facts, benchmark_requests, benchmark_tasks
+from helpers.evaluate.endpoint import set_endpoint
 from helpers.evaluate.refusal import Labelled, label_completions
 from helpers.evaluate.tasks import option_accuracy
 from helpers.evaluate.truthfulness import free_answers
@@ -152,13 +153,14 @@ def measure(lm: LoadedModel, rows: Prompts, *, tasks: Sequence[dict] = (), max_n
             batch_size: int = 64) -> Behaviour:
     """Answer every prompt greedily under whatever edit is in force, and judge the answers by rule.
 
+    Where COMPANION_JUDGE_URL and COMPANION_JUDGE_MODEL name an endpoint, it judges the answers to open questions.
     With `tasks`, `utility` is the accuracy on them by option log-probability. ValueError where a set of prompts (other
     than `unknown`) is empty. Story: notebooks/01_the_trade_off.
     """
     if empty := [name for name in ("facts", *KINDS) if not getattr(rows, name)]:
         raise ValueError(f"There are no prompts in {' and '.join(empty)}: choose a split that has all four sets.")
     size = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    answers = free_answers(lm, rows.facts, **size)
+    answers = free_answers(lm, rows.facts, judged_by=set_endpoint(), **size)
     harmful, benign, look_alike = (label_completions(lm, getattr(rows, kind), **size) for kind in KINDS)
     unknown = label_completions(lm, rows.unknown, **size) if rows.unknown else Labelled([], [])
     coherent = [1.0 - answers.is_("incoherent"), harmful.coherent, benign.coherent, look_alike.coherent]

@@ -167,5 +167,11 @@ def judge_endpoint(url: str | None = None, model: str | None = None, **how: Any)
     return Endpoint(url, model, **how)
 
 
+def set_endpoint() -> Endpoint | None:
+    """The endpoint of the environment, or None where neither variable is set; ValueError where only one is."""
+    named = [os.environ.get(name) for name in ("COMPANION_JUDGE_URL", "COMPANION_JUDGE_MODEL")]
+    return judge_endpoint() if any(named) else None
+
+
 def _absent() -> None:
     raise LookupError("This answer has not been judged.")

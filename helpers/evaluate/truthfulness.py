@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Float
 
 from helpers.data import plain_text
+from helpers.evaluate.endpoint import Endpoint
 from helpers.evaluate.judges import judge, mentioned
 from helpers.evaluate.refusal import expected
+from helpers.evaluate.truthjudge import judged_truth
 from helpers.generation import Completion, completion_logprobs, generate
 from helpers.models import LoadedModel
 
@@ -75,7 +77,7 @@ def answer_kind(completion: Completion, row: dict) -> str:
         return "declined"
     if label == "incoherent":
         return "incoherent"
-    if "values" not in row:
+    if is_open(row):
         return nearest_reference(completion.text, row)
     said = mentioned(completion.text, list(row["values"]))
     if said == {row["truth"]}:
@@ -83,13 +85,34 @@ def answer_kind(completion: Completion, row: dict) -> str:
     return "myth" if row.get("myth") and said == {row["myth"]} else "other"
 
 
+def is_open(row: dict) -> bool:
+    """Whether a facts row has references only, and no closed list of values to look for in an answer."""
+    return "values" not in row
+
+
+def answer_kinds(completions: Sequence[Completion], rows: Sequence[dict],
+                 judged_by: Endpoint | None = None) -> list[str]:
+    """`answer_kind` of every answer; coherent answers to open rows are judged by the endpoint `judged_by`, if given.
+
+    Errors as in `judged_truth`. Story: notebooks/01_the_trade_off.
+    """
+    kinds = [answer_kind(*one) for one in zip(completions, rows, strict=True)]
+    if judged_by is not None:
+        asked = [i for i, row in enumerate(rows) if is_open(row) and kinds[i] != "incoherent"]
+        right = [right_sentences(rows[i]) for i in asked]
+        found = judged_truth(judged_by, [rows[i] for i in asked], right, [completions[i].text for i in asked])
+        for i, kind in zip(asked, found, strict=True):
+            kinds[i] = kind
+    return kinds
+
+
 def nearest_reference(text: str, row: dict) -> str:
     """"truthful" where a right sentence is nearest to the text in token F1, "myth" or "other" where a wrong one is.
 
     A tie (no word in common included) is "other": what cannot be told is not counted as truthful. This judge is weak,
     since sentences that differ by "not" are near: of TruthfulQA's own references, each held out in turn, it calls 52 %
-    of the right and 19 % of the wrong ones truthful. Report `multiple_choice` beside it and conclude nothing from it
-    alone.
+    of the right and 19 % of the wrong ones truthful. Give `answer_kinds` an endpoint to have a model judge instead, or
+    report `multiple_choice` beside it and conclude nothing from it alone.
     Source: the similarity metrics of TruthfulQA (Lin et al. 2022), with the token F1 of SQuAD (Rajpurkar et al. 2016).
     """
     right = max(token_f1(text, sentence) for sentence in right_sentences(row))
@@ -119,10 +142,13 @@ class FreeAnswers:
         return np.array([float(one == kind) for one in self.kinds])
 
 
-def free_answers(lm: LoadedModel, rows: Sequence[dict], *, max_new_tokens: int = 48,
-                 batch_size: int = 64) -> FreeAnswers:
-    """Ask every question, answer greedily, and say which kind of answer came. Story: notebooks/01_the_trade_off."""
+def free_answers(lm: LoadedModel, rows: Sequence[dict], *, max_new_tokens: int = 48, batch_size: int = 64,
+                 judged_by: Endpoint | None = None) -> FreeAnswers:
+    """Ask every question, answer greedily, and say which kind of answer came, with `judged_by` as in `answer_kinds`.
+
+    Story: notebooks/01_the_trade_off.
+    """
     if not rows:
         raise ValueError("No facts to ask: the split is empty, choose another one.")
     completions = generate(lm, [row["question"] for row in rows], max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return FreeAnswers(completions, [answer_kind(c, row) for c, row in zip(completions, rows, strict=True)])
+    return FreeAnswers(completions, answer_kinds(completions, rows, judged_by))

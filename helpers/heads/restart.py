@@ -24,7 +24,7 @@ from helpers.hooks import capture
 from helpers.models import LoadedModel
 
 # (positions in the layers, logits) held at once: on a CPU what its caches hold, on a GPU what fits beside the model.
-_AT_ONCE = {"cpu": (2**11, 2**20), "gpu": (2**16, 2**28)}
+_AT_ONCE = {"cpu": (2**10, 2**18), "gpu": (2**16, 2**28)}
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ def test_generation_under_steering():
     """Strength 0 does all the work of steering and leaves the text, hence the number of tokens, as it is."""
     lm = load_model("data/organism/chat", device="cpu", dtype="float32")
     iti = fit(lm, load_table("facts", "fit")[:100], n_heads=12, n_wrong=1)
-    users = [row["question"] for row in misconceptions("val", 24)]
-    users += [row["prompt"] for row in requests("harmful", "val", 40)]
+    users = [row["question"] for row in misconceptions("val")]
+    users += [row["prompt"] for kind in ("harmful", "benign", "look_alike") for row in requests(kind, "val")]
     ways = {"plain": nullcontext, "folded": lambda: iti.folded(lm, 0.0), "hooks": lambda: iti.apply(lm, 0.0)}
 
     def answers(way):
