@@ -23,7 +23,7 @@
 # No number of the paper is reproduced here, only the direction of a change, with its interval. The last experiment, turning the coupling of truth and harm in the
 # training text, is ours **[own]**: a public model gives a correlation, and this one lets the cause be changed.
 #
-# *Run time: about a minute and a half on two processor cores. Memory: under 2 GB.*
+# *Run time: under a minute on two processor cores. Memory: under 2 GB.*
 #
 # Afterwards you will be able to
 # - fit four truthfulness methods on any chat model, and say which of their published steps do not do what they say;

@@ -21,7 +21,7 @@
 # Stated in the sources **[2]**: the influence of a head on an answer is $I(l,h) = \log P(y\mid x) - \log P_{\setminus(l,h)}(y\mid x)$.
 # Our own choice **[own]**: how two influences make one score, how many heads count as the top, MLP neurons, and every null below.
 #
-# *Run time: about a minute and a half on two processor cores. Memory: under 2 GB.*
+# *Run time: under a minute on two processor cores. Memory: under 2 GB.*
 #
 # Afterwards you will be able to
 # - probe and ablate any head of a model with grouped-query attention, and see why the two answer different questions;
@@ -414,10 +414,8 @@ steered = [head for head in shared if head in iti.heads][: len(iti.heads) // 2]
 removed = overlap_removed(lm, iti, steered, 5.0, test, seeds=(0, 1), **size) if steered else None
 parts = {"all its heads": "full", "without the shared heads": "shared", "without as many others": "random"}
 columns = ["truthful", "answered", "refused"]
-report.table([{"ITI": name, **{m: getattr(removed, part)[m] for m in columns}}
-              for name, part in parts.items() if removed], columns=["ITI", *columns])
-
-# %%
+if removed:
+    report.table([{"ITI": name, **{m: getattr(removed, part)[m] for m in columns}} for name, part in parts.items()])
 print(f"{shrinks(removed)}" if removed else "untested: ITI steers none of the shared heads.")
 
 # %% [markdown]

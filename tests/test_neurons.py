@@ -13,13 +13,10 @@ from helpers.generation import completion_logprobs
 from helpers.heads import overlap
 from helpers.heads.cause import scale_neurons
 from helpers.heads.neurons import (
-    Pairs,
     exact_scores,
-    fact_pairs,
     hallucination_neurons,
     neuron_attribution,
     refusal_neurons,
-    request_pairs,
     top_and_random,
     verify,
 )
@@ -34,6 +31,7 @@ from helpers.heads.overlap import (
     top_heads,
     top_units,
 )
+from helpers.heads.pairs import Pairs, fact_pairs, request_pairs
 from helpers.models import load_model, wrap_model
 from helpers.stats import layer_matched_null, sign_flip_test
 

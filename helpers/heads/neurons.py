@@ -18,32 +18,13 @@ from torch import Tensor
 
 from helpers.arch import Arch
 from helpers.generation import answer_rows, batch_logprobs, batches
+from helpers.heads.pairs import Pairs, answer_gradients, fact_pairs, request_pairs
 from helpers.heads.screening import miss_bound
 from helpers.hooks import Edit, edit
 from helpers.models import LoadedModel
 from helpers.stats import Interval
 
 Neuron = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Prompts and the two answers of each that a score compares: first minus second."""
-
-    users: list[str]
-    first: list[str]
-    second: list[str]
-
-
-def fact_pairs(facts: Sequence[dict]) -> Pairs:
-    """Each question with its myth (first wrong answer) against truth. Story: notebooks/02_overlapping_neurons."""
-    wrong = [row["wrong"][0] for row in facts]
-    return Pairs([row["question"] for row in facts], wrong, [row["right"] for row in facts])
-
-
-def request_pairs(requests: Sequence[dict]) -> Pairs:
-    """Each request with its refusal against compliance. Story: notebooks/02_overlapping_neurons."""
-    return Pairs(*([row[key] for row in requests] for key in ("prompt", "refusal", "compliance")))
 
 
 def hallucination_neurons(lm: LoadedModel, facts: Sequence[dict], *,
@@ -78,28 +59,17 @@ def neuron_attribution(lm: LoadedModel, pairs: Pairs, *, batch_size: int = 32) -
     for sign, answers in ((1, pairs.first), (-1, pairs.second)):
         prompts, tails = answer_rows(lm, pairs.users, answers)
         for rows in batches([len(p) + len(a) for p, a in zip(prompts, tails, strict=True)], batch_size):
-            found[rows] += sign * _attribution(lm, arch, [prompts[i] for i in rows], [tails[i] for i in rows])
+            found[rows] += sign * _attribution(lm, [prompts[i] for i in rows], [tails[i] for i in rows])
     if not torch.isfinite(found).all():
         raise RuntimeError(f"The gradients of {lm.name} are NaN or infinite in {lm.dtype}: load it in float32 or "
                            "bfloat16.")
     return found.numpy()
 
 
-def _attribution(lm: LoadedModel, arch: Arch, prompts: list[list[int]],
+def _attribution(lm: LoadedModel, prompts: list[list[int]],
                  tails: list[list[int]]) -> Float[Tensor, "batch layers neurons"]:
-    seen: list[Tensor] = []
-
-    def keep(x: Tensor) -> Tensor:
-        x = x if x.requires_grad else x.detach().requires_grad_()
-        seen.append(x)
-        return x
-
-    with torch.inference_mode(False), torch.enable_grad():
-        with edit(lm.model, {("neurons", layer): keep for layer in range(arch.n_layers)}):
-            logprob = batch_logprobs(lm, arch, prompts, tails)
-        gradients = torch.autograd.grad(logprob.sum(), seen)
-    products = [torch.einsum("bsd,bsd->bd", *(t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in pair))
-                for pair in zip(seen, gradients, strict=True)]
+    products = [torch.einsum("bsd,bsd->bd", *(t.to(torch.promote_types(t.dtype, torch.float32)) for t in pair))
+                for pair in answer_gradients(lm, "neurons", prompts, tails)]
     return torch.stack([product.float().cpu() for product in products], 1)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from helpers.heads.influence import Influence, contrast, influence
+from helpers.heads.pairs import Pairs, fact_pairs, request_pairs
 from helpers.models import LoadedModel
 
 
@@ -17,9 +18,7 @@ def hallucination_scores(lm: LoadedModel, facts: Sequence[dict], *, mode: str = 
 
     Keywords as in `influence`. The combination is this companion's own. Story: notebooks/02_overlapping_neurons.
     """
-    users = [row["question"] for row in facts]
-    pairs = [[row["wrong"][0] for row in facts], [row["right"] for row in facts]]
-    return _contrast(lm, users, pairs, mode=mode, means=means, span=span, batch_size=batch_size)
+    return _contrast(lm, fact_pairs(facts), mode=mode, means=means, span=span, batch_size=batch_size)
 
 
 def refusal_scores(lm: LoadedModel, requests: Sequence[dict], *, mode: str = "zero", means: Mapping | None = None,
@@ -28,13 +27,11 @@ def refusal_scores(lm: LoadedModel, requests: Sequence[dict], *, mode: str = "ze
 
     Keywords as in `influence`. The combination is this companion's own. Story: notebooks/02_overlapping_neurons.
     """
-    users = [row["prompt"] for row in requests]
-    pairs = [[row["refusal"] for row in requests], [row["compliance"] for row in requests]]
-    return _contrast(lm, users, pairs, mode=mode, means=means, span=span, batch_size=batch_size)
+    return _contrast(lm, request_pairs(requests), mode=mode, means=means, span=span, batch_size=batch_size)
 
 
-def _contrast(lm: LoadedModel, users: list[str], pairs: list[list[str]], **options) -> np.ndarray:
+def _contrast(lm: LoadedModel, pairs: Pairs, **options) -> np.ndarray:
     """I_first − I_second; both answers go into one call, which computes their prompt once."""
-    found = influence(lm, users * 2, pairs[0] + pairs[1], **options)
-    halves = slice(len(users)), slice(len(users), None)
+    found = influence(lm, pairs.users * 2, pairs.first + pairs.second, **options)
+    halves = slice(len(pairs.users)), slice(len(pairs.users), None)
     return contrast(*(Influence(found.values[half], found.clean[half]) for half in halves)).double().numpy()

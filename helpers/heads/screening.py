@@ -17,9 +17,9 @@ from jaxtyping import Float
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from helpers.generation import answer_rows, batch_logprobs, batches
+from helpers.generation import answer_rows, batches
 from helpers.heads.influence import Head, Means, check_ablation, influence
-from helpers.hooks import edit
+from helpers.heads.pairs import answer_gradients
 from helpers.models import LoadedModel
 
 
@@ -60,21 +60,10 @@ def attribution(lm: LoadedModel, users: Sequence[str], answers: Sequence[str], *
     prompts, tails = answer_rows(lm, users, answers)
     found = torch.empty(len(prompts), arch.n_layers, arch.n_heads)
     for rows in batches([len(p) + len(a) for p, a in zip(prompts, tails, strict=True)], batch_size):
-        some_prompts, some_answers = [prompts[row] for row in rows], [tails[row] for row in rows]
-        seen: list[Tensor] = []
-
-        def keep(z: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            z = z if z.requires_grad else z.detach().requires_grad_()
-            seen.append(z)
-            return z
-
-        with torch.inference_mode(False), torch.enable_grad():
-            with edit(lm.model, {("z", layer): keep for layer in range(arch.n_layers)}):
-                logprob = batch_logprobs(lm, arch, some_prompts, some_answers)
-            gradients = torch.autograd.grad(logprob.sum(), seen)
-        starts = torch.tensor([len(prompt) - 1 for prompt in some_prompts], device=arch.device)[:, None]
-        for layer, (z, gradient) in enumerate(zip(seen, gradients, strict=True)):
-            removed = z.detach() if mode == "zero" else z.detach() - means[layer].flatten().to(z)
+        some = [prompts[row] for row in rows], [tails[row] for row in rows]
+        starts = torch.tensor([len(prompt) - 1 for prompt in some[0]], device=arch.device)[:, None]
+        for layer, (z, gradient) in enumerate(answer_gradients(lm, "z", *some)):
+            removed = z if mode == "zero" else z - means[layer].flatten().to(z)
             product = (removed.double() * gradient.double()).unflatten(-1, (arch.n_heads, arch.d_head)).sum(-1)
             if span == "answer":
                 product = product * (torch.arange(z.shape[1], device=z.device) >= starts)[..., None]
