@@ -139,11 +139,12 @@ report.table(leaks, caption="Test prompts found in other splits")
 #
 # ## 8 · The report
 #
-# One file with this table and every figure, which needs nothing beside it.
+# One file with this table and every figure, which needs nothing beside it; the claims as csv and as a LaTeX table. Every figure of the notebooks stands in `figures/` as SVG.
 
 # %%
 path = report.html_report(p)
 print(f"Written: {path.name}, {path.stat().st_size // 1024} KiB")
+print("Written:", ", ".join(one.name for one in report.export_claims(p).values()))
 
 # %%
 # NBVAL_CHECK_OUTPUT

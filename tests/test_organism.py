@@ -334,7 +334,7 @@ def test_the_card_is_complete_and_says_which_demands_are_met():
         assert entry["met"] == (DEMANDS[name].low <= entry["estimate"] <= DEMANDS[name].high), name
         assert entry["estimates_by_seed"][seed] == entry["estimate"] and len(entry["estimates_by_seed"]) >= 3, name
         assert set(entry["siblings"]) == {"reversed", "absent"}, name
-        assert all({seed} < set(found) <= set(entry["estimates_by_seed"]) for found in entry["siblings"].values()), name
+        assert all(seed in found and len(found) >= 3 for found in entry["siblings"].values()), name
 
 
 def test_the_card_belongs_to_the_committed_weights():

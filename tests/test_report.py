@@ -1,5 +1,6 @@
 """Checks compare, claims are complete, figures are still and small, and nothing shown can inject."""
 
+import csv
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -9,7 +10,7 @@ import pytest
 
 from helpers import report
 from helpers.config import profile
-from helpers.report import checks
+from helpers.report import checks, exports
 from helpers.report.__main__ import main
 from helpers.stats import Interval
 
@@ -227,3 +228,22 @@ def test_the_report_needs_nothing_beside_it_and_escapes_what_it_shows():
     for id, claim in report.CLAIMS.items():
         assert id in html and claim.text.split(";")[0].replace("'", "&#x27;") in html
     assert profile().name in html
+
+
+def test_exported_claims_hold_every_number_and_escape_what_latex_would_read():
+    report.claim("C1", **{**CLAIM, "unit": 'a, "b"'})
+    paths = report.export_claims()
+    written = {row["id"]: row for row in csv.DictReader(paths["csv"].open(encoding="utf-8", newline=""))}
+    stored = {row["id"]: row for row in report.collect_claims()}
+    assert list(written) == list(report.CLAIMS)
+    for id, row in written.items():
+        for key in ("estimate", "ci_low", "ci_high", "n_prompts", "n_seeds"):
+            assert row[key] == ("" if stored[id][key] is None else str(stored[id][key])), (id, key)
+    control = stored["C1"]["control"]
+    assert written["C1"]["control"] == control["name"] and written["C1"]["unit"] == 'a, "b"'
+    assert [float(written["C1"][f"control_{k}"]) for k in ("estimate", "ci_low", "ci_high")] == \
+        [control[k] for k in ("estimate", "ci_low", "ci_high")]
+    tex = paths["tex"].read_text(encoding="utf-8")
+    assert all(f"{id} & " in tex for id in report.CLAIMS) and tex.count("---") == 2 * (len(report.CLAIMS) - 1)
+    assert tex.count("\\begin{tabularx}") == tex.count("\\end{tabularx}") == 1
+    assert exports._latex("50 % of A_B & {x}\\~") == r"50 \% of A\_B \& \{x\}\textbackslash{}\textasciitilde{}"

@@ -2,6 +2,7 @@
 
 from helpers.report.checks import accept, check
 from helpers.report.claims import CLAIMS, claim, collect_claims
+from helpers.report.exports import export_claims
 from helpers.report.figures import Picture, bars, heatmap, lines, paths, scatter
 from helpers.report.html import html_report
 from helpers.report.tables import Table, table
@@ -15,6 +16,7 @@ __all__ = [
     "check",
     "claim",
     "collect_claims",
+    "export_claims",
     "heatmap",
     "html_report",
     "lines",
