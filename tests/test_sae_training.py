@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from sae_lens.training.optim import CoefficientScheduler
 from test_sae import SMALL, load, sparse_data
 
@@ -15,6 +16,7 @@ from helpers.config import profile
 from helpers.hooks import capture, head_slice
 from helpers.sae import architectures, bank, corpus, descent, loading, quality, training
 from helpers.sae.sparse import SparseStep
+from helpers.sites import SITES as ALL
 
 SHORT = dataclasses.replace(SMALL, n_tokens=2000)
 
@@ -134,7 +136,7 @@ def test_a_penalty_that_is_given_stays_and_a_larger_one_leaves_fewer_latents():
 def test_matryoshka_inner_dictionaries_reconstruct_more_than_those_of_batchtopk():
     z, fresh, shares = sparse_data(6000), sparse_data(1000, seed=5), {}
     for name in ("batchtopk", "matryoshka_batchtopk"):
-        sae, _ = training.train_sae(z, dataclasses.replace(SMALL, n_tokens=60_000), architecture=name)
+        sae, _ = training.train_sae(z, SMALL, architecture=name)
         with torch.no_grad():
             hidden = sae.encode_with_hidden_pre(fresh)[1]
             f = hidden * (hidden > sae.topk_threshold)
@@ -360,9 +362,6 @@ def test_a_site_or_architecture_that_does_not_exist_is_refused_before_any_work(t
 
 
 def saved(folder, lm, hook, d_in=None, reshape="none"):
-    from sae_lens import StandardSAE, StandardSAEConfig
-    from sae_lens.saes.sae import SAEMetadata
-
     d_in = lm.arch.n_heads * lm.arch.d_head if d_in is None else d_in
     about = SAEMetadata(**({"hook_name": hook} if hook else {}))
     sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=12, reshape_activations=reshape, metadata=about))
@@ -397,8 +396,6 @@ def test_an_sae_of_another_hook_is_refused_although_its_width_fits(tiny_llama, t
 
 
 def test_every_site_has_one_hook_name_that_is_read_back():
-    from helpers.sites import SITES as ALL
-
     assert set(loading.HOOKS) == set(ALL)
     for site in ALL:
         for name in loading.HOOKS[site]:
@@ -416,9 +413,6 @@ def test_public_saes_come_through_the_same_door_and_read_heads_side_by_side(tiny
         return SAE.load_from_disk(saved(tmp_path / "public", lm, "blocks.1.attn.hook_z", reshape="hook_z"))
 
     monkeypatch.setattr(SAE, "from_pretrained", from_pretrained)
-    sae_id = "layer_0/width_16k/average_l0_24"
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
     release = "gemma-scope-2b-pt-att"
     sae_id = next(iter(get_pretrained_saes_directory()[release].saes_map))
     sae = loading.load_sae(f"{release}/{sae_id}", lm, 1)

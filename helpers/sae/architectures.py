@@ -31,8 +31,8 @@ from helpers.sae.descent import WARM_UP
 ARCHITECTURES = ("batchtopk", "matryoshka_batchtopk", "topk", "jumprelu", "gated", "standard")
 NESTED = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)  # the nested shares of the width in Bussmann et al. 2025
 PENALTIES = {"jumprelu": "l0_coefficient", "gated": "l1_coefficient", "standard": "l1_coefficient"}
-CONTROL = 20.0  # a penalty may change by exp(CONTROL) in a run, at most by exp(MOST) a step
-MOST = 0.05
+CONTROL = 60.0  # a penalty may change by exp(CONTROL) in a run, at most by exp(MOST) a step
+MOST = 0.15
 SETTLED = 0.7  # share of the run after which the L0 should be the one asked for
 
 
@@ -84,7 +84,7 @@ def new_sae(
     defaults: dict[str, Any] = {"k": cfg.k if architecture != "topk" else _whole(cfg.k)}
     defaults |= {"matryoshka_widths": sorted({max(round(cfg.width * share), 1) for share in NESTED})}
     defaults |= dict.fromkeys(("l0_warm_up_steps", "l1_warm_up_steps"), round(WARM_UP * steps))
-    defaults |= {"jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.1, "target_l0": float(cfg.k)}
+    defaults |= {"jumprelu_bandwidth": 2.0, "jumprelu_init_threshold": 0.1, "target_l0": float(cfg.k)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kept = {name: value for name, value in defaults.items() if name in names}

@@ -69,7 +69,7 @@ class HeadBank:
             found = torch.stack([tiles[h, :, h] for h in range(n_heads)])
             if tiles.count_nonzero() > found.count_nonzero():
                 raise ValueError(
-                    "This SAE is no bank, for some latents read or write several heads: train one with architecture='heads'."
+                    "This SAE is no bank: some latents read or write several heads; train with architecture='heads'."
                 )
             return found
 
@@ -98,9 +98,9 @@ def train_bank(
         for head, sae in enumerate(saes):
             sae.b_dec.copy_(z[:, head].mean(0) * scale[head])
     step = BankStep(saes, device)
-    rows, curve = descend(step, z, cfg, torch.zeros(n_heads, cfg.width, dtype=torch.bool, device=device), seed)
+    order, curve = descend(step, z, cfg, torch.zeros(n_heads, cfg.width, dtype=torch.bool, device=device), seed)
     step.store()
-    rows = rows[:CALIBRATION_TOKENS]
+    rows = z[order[:CALIBRATION_TOKENS]]
     for head, sae in enumerate(saes):
         finish(sae, rows[:, head], scale[head].item(), cfg.k)
     return _folded(saes), curve

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helpers.config import SaeConfig
@@ -70,10 +70,10 @@ def descend(
     cfg: SaeConfig,
     dead: Bool[Tensor, "*heads d_sae"],
     seed: int,
-) -> tuple[Float[Tensor, "n_left *heads d"], Curve]:
-    """Descend for `cfg.n_tokens` tokens of z in orders drawn from `seed`; returns the last order's rows and the curve.
+) -> tuple[Int[Tensor, " n"], Curve]:
+    """Descend for `cfg.n_tokens` tokens of z in orders drawn from `seed`; returns the last order and the curve.
 
-    The rows come back as they are in z, the steps see them times `scale_of(z)`. `dead` holds the latents' shape and
+    The steps see rows times `scale_of(z)`. `dead` holds the latents' shape and
     device. The curve is {step, fvu, dead}, means over heads. RuntimeError when the loss is not finite.
     """
     device, generator = dead.device, torch.Generator().manual_seed(seed)
@@ -102,7 +102,7 @@ def descend(
             curve["step"].append(step)
             curve["fvu"].append(fvu)
             curve["dead"].append((silent > DEAD_AFTER * steps).float().mean().item())
-    return z[order], curve
+    return order, curve
 
 
 def _lr_share(step: int, steps: int) -> float:

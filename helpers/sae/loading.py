@@ -102,16 +102,17 @@ def _download(where: Path | str, device: str) -> SAE:
 
 def _release(where: Path | str) -> tuple[str, str]:
     """Release (or repository of the Hub) and id in it."""
-    known = get_pretrained_saes_directory() if isinstance(where, str) else {}
-    first, _, rest = str(where).partition("/")
+    first, _, rest = (text := str(where)).partition("/")
+    local = isinstance(where, Path) or not rest or text.startswith((".", "/", "~")) or Path(where).exists()
+    known = {} if local else get_pretrained_saes_directory()
     if first in known:
         ids = list(known[first].saes_map)
         if rest not in ids:
             some = ", ".join(ids[:5])
             raise ValueError(f"The release {first} has no SAE {rest!r}: it has {len(ids)}, such as {some}.")
         return first, rest
-    parts = [part for part in str(where).split("/") if part]
-    if isinstance(where, Path) or Path(where).is_absolute() or Path(where).exists() or len(parts) < 3 or "." in first:
+    parts = [part for part in text.split("/") if part]
+    if local or len(parts) < 3:
         raise FileNotFoundError(
             f"There is no SAE in {where}: notebook 03 trains one, or give a folder saved by sae-lens or release/sae_id."
         )

@@ -86,12 +86,12 @@ def train_sae(
     sae = sae.to(device=str(device))
     follows = controlled(architecture, options)
     step = SparseStep(sae) if SparseStep.suits(sae) else OwnStep(sae, cfg.k, follows)
-    rows, curve = descend(step, z, cfg, torch.zeros(cfg.width, dtype=torch.bool, device=device), seed)
+    order, curve = descend(step, z, cfg, torch.zeros(cfg.width, dtype=torch.bool, device=device), seed)
     if isinstance(step, SparseStep):
         step.store()
     sae.zero_grad(set_to_none=True)
     sae = sae.to(device="cpu")
-    finish(sae, rows[:CALIBRATION_TOKENS], scale, cfg.k, follows)
+    finish(sae, z[order[:CALIBRATION_TOKENS]], scale, cfg.k, follows)
     return sae, curve
 
 
