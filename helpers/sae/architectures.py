@@ -149,11 +149,17 @@ def finish(sae: Any, sample: Float[Tensor, "n d_in"], scale: float, k: float, fo
     if not hasattr(sae.cfg, "k"):
         sae.fold_W_dec_norm()  # the top-k family folds when it is saved
     if hasattr(sae, "topk_threshold"):
-        sae.topk_threshold.fill_(_exceeded(sae.encode_with_hidden_pre(sample)[1].relu(), k))
+        sae.topk_threshold.fill_(_exceeded(_hidden(sae, sample).relu_(), k))
     elif hasattr(sae, "threshold"):
         if follows:
-            sae.threshold.add_(_exceeded(sae.encode_with_hidden_pre(sample)[1] - sae.threshold, k))
+            sae.threshold.add_(_exceeded(_hidden(sae, sample) - sae.threshold, k))
         sae.threshold.clamp_(min=0.0)  # below zero, inference would differ from training
+
+
+def _hidden(sae: Any, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+    """Pre-activations, without the activation function's cost."""
+    hidden = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+    return hidden * sae.W_dec.norm(dim=1) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else hidden
 
 
 def _exceeded(values: Float[Tensor, "n d_sae"], k: float) -> float:

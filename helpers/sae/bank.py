@@ -98,7 +98,7 @@ def train_bank(
         for head, sae in enumerate(saes):
             sae.b_dec.copy_(z[:, head].mean(0) * scale[head])
     step = BankStep(saes, device)
-    order, curve = descend(step, z, cfg, torch.zeros(n_heads, cfg.width, dtype=torch.bool, device=device), seed)
+    order, curve = descend(step, z, scale, cfg, torch.zeros(n_heads, cfg.width, dtype=torch.bool, device=device), seed)
     step.store()
     rows = z[order[:CALIBRATION_TOKENS]]
     for head, sae in enumerate(saes):

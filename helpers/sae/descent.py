@@ -67,18 +67,18 @@ def scale_of(z: Float[Tensor, "n *heads d"]) -> Float[Tensor, "*heads"]:
 def descend(
     gradients: Step,
     z: Float[Tensor, "n *heads d"],
+    scale: Float[Tensor, "*heads"],
     cfg: SaeConfig,
     dead: Bool[Tensor, "*heads d_sae"],
     seed: int,
 ) -> tuple[Int[Tensor, " n"], Curve]:
     """Descend for `cfg.n_tokens` tokens of z in orders drawn from `seed`; returns the last order and the curve.
 
-    The steps see rows times `scale_of(z)`. `dead` holds the latents' shape and
+    The steps see rows times `scale`. `dead` holds the latents' shape and
     device. The curve is {step, fvu, dead}, means over heads. RuntimeError when the loss is not finite.
     """
     device, generator = dead.device, torch.Generator().manual_seed(seed)
-    scale = scale_of(z)
-    spread = ((z - z.mean(0)).square().sum(-1).mean(0) * scale**2).to(device)
+    spread = (z.var(0, correction=0).sum(-1) * scale**2).to(device)
     steps = cfg.n_tokens // cfg.batch_size
     optimizer = torch.optim.Adam(gradients.parameters, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, steps))
@@ -88,7 +88,7 @@ def descend(
     for step in range(steps):
         if at + cfg.batch_size > len(order):
             order, at = torch.randperm(len(z), generator=generator), 0
-        batch = (z[order[at : at + cfg.batch_size]] * scale[..., None]).to(device)
+        batch = (z.index_select(0, order[at : at + cfg.batch_size]) * scale[..., None]).to(device)
         at += cfg.batch_size
         optimizer.zero_grad(set_to_none=True)
         error, fired = gradients(batch, silent > DEAD_AFTER * steps, step, steps)

@@ -47,7 +47,7 @@ class SparseStep:
         norms = w_dec.norm(dim=1)
         at = self._largest((hidden * norms).flatten(), max(int(self.sae.cfg.k * len(batch)), 1))
         row, latent = at // len(b_enc), at % len(b_enc)
-        acts = hidden.flatten()[at]
+        acts = hidden.flatten().index_select(0, at)
         error = _sums(latent, w_dec, row, acts, len(batch)) + b_dec - batch
         d_out = error * (2 / len(batch))
         d_acts = (d_out.index_select(0, row) * w_dec.index_select(0, latent)).sum(1)
@@ -75,7 +75,7 @@ class SparseStep:
         at = (values > self.likely).nonzero()[:, 0]
         if len(at) < n:
             at = (values > 0).nonzero()[:, 0]
-        found = values[at]
+        found = values.index_select(0, at)
         if len(at) > n:
             threshold = nth_largest(found, n)
             self.likely = CANDIDATES * threshold.item()
@@ -86,7 +86,7 @@ class SparseStep:
         """Add the gradients of dead latents that reconstruct the error: the d_in / 2 largest on each token."""
         d_enc, d_bias, d_dec = into
         most = centred.shape[1] // 2
-        acts, rows = hidden.index_select(1, dead), self.parameters[2][dead]
+        acts, rows = hidden.index_select(1, dead), self.parameters[2].index_select(0, dead)
         if len(dead) > most:
             scaled = acts * norms[dead]
             kept = scaled >= scaled.topk(most, sorted=False).values.amin(1, keepdim=True)

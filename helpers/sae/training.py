@@ -80,18 +80,18 @@ def train_sae(
     given = {"seed": seed, "architecture": architecture, "options": options, "metadata": metadata}
     sae = new_sae(z.shape[1], cfg, cfg.n_tokens // cfg.batch_size, **given)
     check_activations(z, cfg)
-    scale = scale_of(z).item()
+    scale = scale_of(z)
     with torch.no_grad():
         sae.b_dec.copy_(z.mean(0) * scale)
     sae = sae.to(device=str(device))
     follows = controlled(architecture, options)
     step = SparseStep(sae) if SparseStep.suits(sae) else OwnStep(sae, cfg.k, follows)
-    order, curve = descend(step, z, cfg, torch.zeros(cfg.width, dtype=torch.bool, device=device), seed)
+    order, curve = descend(step, z, scale, cfg, torch.zeros(cfg.width, dtype=torch.bool, device=device), seed)
     if isinstance(step, SparseStep):
         step.store()
     sae.zero_grad(set_to_none=True)
     sae = sae.to(device="cpu")
-    finish(sae, z[order[:CALIBRATION_TOKENS]], scale, cfg.k, follows)
+    finish(sae, z[order[:CALIBRATION_TOKENS]], scale.item(), cfg.k, follows)
     return sae, curve
 
 
