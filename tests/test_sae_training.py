@@ -52,8 +52,9 @@ def test_sparse_gradients_are_those_of_sae_lens(n_dead):
         torch.testing.assert_close(mine.grad, expected.T if name == "W_enc" else expected, atol=1e-4, rtol=1e-4)
 
 
-def test_sparse_gradients_hold_where_fewer_latents_than_k_are_positive_and_where_the_threshold_jumps():
-    sae = lens_sae(k=30)
+@pytest.mark.parametrize("k", [3, 30])
+def test_sparse_gradients_hold_where_fewer_latents_than_k_are_positive_and_where_the_threshold_jumps(k):
+    sae = lens_sae(k=k)
     with torch.no_grad():
         sae.b_enc.sub_(2.0)
     small = sparse_data(40) / 7
