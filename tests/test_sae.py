@@ -10,7 +10,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopK
 
 from helpers.config import SaeConfig, profile
 from helpers.hooks import capture
-from helpers.sae import causal, corpus, features, quality, training
+from helpers.sae import architectures, causal, corpus, features, quality, training
 from helpers.sae import signals as sig
 
 SMALL = SaeConfig(layers=(0, 1), width=64, k=4, n_tokens=25_000, lr=3e-3, batch_size=64)
@@ -35,7 +35,7 @@ def planted_sae(tmp_path_factory):
 def test_threshold_topk_equals_the_batch_topk_of_sae_lens_forward_and_backward():
     x = torch.randn(7, 30, generator=torch.Generator().manual_seed(0))
     a, b = (x.clone().requires_grad_() for _ in range(2))
-    ours, theirs = training.ThresholdTopK(3)(a), BatchTopK(3)(b)
+    ours, theirs = architectures.ThresholdTopK(3)(a), BatchTopK(3)(b)
     torch.testing.assert_close(ours, theirs)
     weights = torch.arange(30.0)
     (ours * weights).sum().backward()
@@ -47,7 +47,7 @@ def test_the_nth_largest_is_the_one_a_sort_gives():
     x = torch.randn(3, 700, generator=torch.Generator().manual_seed(1))
     for values in (x, x.relu(), x.round()):
         for n in (1, 2, 7, 50, 130, 131, 132, 600, 2100):
-            assert training.nth_largest(values, n) == values.flatten().sort(descending=True).values[n - 1]
+            assert architectures.nth_largest(values, n) == values.flatten().sort(descending=True).values[n - 1]
 
 
 def test_training_finds_planted_directions_and_the_saved_sae_reads_raw_vectors(planted_sae):

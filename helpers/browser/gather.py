@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,8 @@ from helpers.browser.tokens import token_texts
 from helpers.generation import batches, check_lengths, pad_right
 from helpers.hooks import capture
 from helpers.models import LoadedModel, load_model, norm_gain
+from helpers.sae.loading import find_site, read_sae
 
-HOOKS = {
-    "z": r"attn\.(hook_z|o\.hook_in)",
-    "resid_pre": r"hook_(resid_pre|in)",
-    "resid_mid": r"hook_resid_mid",
-    "resid_post": r"hook_(resid_post|out)",
-    "attn_out": r"(hook_attn_out|attn\.hook_out)",
-    "neurons": r"mlp\.(hook_post|out\.hook_in)",
-    "mlp_out": r"(hook_mlp_out|mlp\.hook_out)",
-}
 MAX_BYTES = 4 << 30  # of activations in memory at once
 
 
@@ -74,30 +65,6 @@ def gather(
         meta={**about, **options.pop("meta", {})},
         **options,
     )
-
-
-def load_sae(path: str | Path) -> Any:
-    """An SAE saved by sae-lens (cfg.json and sae_weights.safetensors); FileNotFoundError when the folder is not one."""
-    from sae_lens import SAE
-
-    if not (Path(path) / "cfg.json").is_file():
-        raise FileNotFoundError(f"There is no SAE in {path}; give a folder written by sae-lens, with cfg.json inside.")
-    return SAE.load_from_disk(path)
-
-
-def find_site(sae: Any, site: str | None = None, layer: int | None = None) -> tuple[str, int]:
-    """The (site, layer) an SAE reads, from its metadata's hook name unless given; ValueError if unknown."""
-    name = getattr(getattr(getattr(sae, "cfg", None), "metadata", None), "hook_name", None) or ""
-    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    if layer is None and found:
-        layer = int(found[1])
-    if site is None and found:
-        site = next((s for s, pattern in HOOKS.items() if re.fullmatch(pattern, found[2])), None)
-    if site is None or layer is None:
-        raise ValueError(
-            f"The SAE does not say where it reads (hook name {name!r}); pass site='z' and layer=, for example."
-        )
-    return site, layer
 
 
 @torch.no_grad()
@@ -176,7 +143,7 @@ def _stack(lm: LoadedModel, sae: Any, site: str | None, layer: int | None) -> li
     """[((site, layer), SAE)] in order of layers, each checked against the model."""
     found = []
     for at, one in (sae if isinstance(sae, Mapping) else {layer: sae}).items():
-        one = load_sae(one) if isinstance(one, str | Path) else one
+        one = read_sae(one) if isinstance(one, str | Path) else one
         key = find_site(one, site, at)
         _require_fit(lm, one, *key)
         found.append((key, one))

@@ -1,4 +1,4 @@
-"""The texts a sparse autoencoder sees, and z at every one of their tokens.
+"""The texts a sparse autoencoder sees, and the activations at every one of their tokens.
 
 Chat turns with their answers (harmful refused, benign and look-alike answered, facts answered rightly and wrongly,
 unknown things declined) and plain sentences that are checked as true or false. Notebook 03 tells the story.
@@ -18,6 +18,7 @@ from helpers.data import load_table
 from helpers.generation import batches, check_lengths, pad_right
 from helpers.hooks import capture
 from helpers.models import LoadedModel
+from helpers.sites import Site, check_site, site_width
 
 Loader = Callable[[str, str], list[dict]]
 
@@ -71,41 +72,60 @@ def digest(texts: Sequence[Text]) -> str:
 
 @dataclass(frozen=True)
 class Tokens:
-    """z of every token: {layer: [n, n_heads * d_head]} in float32, and which text and position each comes from."""
+    """Activations of every token: {(site, layer): [n, d]} in float32, and the text and position each comes from."""
 
-    z: dict[int, Float[Tensor, "n d_z"]]
+    sites: dict[Site, Float[Tensor, "n _"]]
     index: Int[Tensor, "n 2"]
 
+    @property
+    def z(self) -> dict[int, Tensor]:
+        """z by layer: [n, n_heads * d_head]."""
+        return {layer: x for (site, layer), x in self.sites.items() if site == "z"}
+
     def without_first(self) -> Tokens:
-        """Leave out position 0, whose z is the same in every text and would flatter every number."""
+        """Leave out position 0, whose activations are the same in every text and would flatter every number."""
         keep = self.index[:, 1] > 0
-        return Tokens({layer: z[keep] for layer, z in self.z.items()}, self.index[keep])
+        return Tokens({site: x[keep] for site, x in self.sites.items()}, self.index[keep])
+
+
+def collect_z(lm: LoadedModel, texts: Sequence[Text], layers: Iterable[int], *, batch_size: int = 64) -> Tokens:
+    """Run every text once and keep z at the given layers; as collect_sites."""
+    return collect_sites(lm, texts, [("z", layer) for layer in layers], batch_size=batch_size)
 
 
 @torch.inference_mode()
-def collect_z(lm: LoadedModel, texts: Sequence[Text], layers: Iterable[int], *, batch_size: int = 64) -> Tokens:
-    """Run every text once and keep z at the given layers; ValueError for no texts or one beyond the context.
+def collect_sites(lm: LoadedModel, texts: Sequence[Text], sites: Iterable[Site], *, batch_size: int = 64) -> Tokens:
+    """Run every text once and keep the activations at every (site, layer), all in one pass over the model.
 
-    Rows are padded on the right (a causal model never sees that) and forwards stop after the last wanted layer.
+    Rows are padded on the right (a causal model never sees that) and forwards stop after the last wanted site. Raises
+    ValueError for no texts, no sites, one the model does not have or a text beyond the context, and RuntimeError for
+    activations that are not finite. Story: notebook 03.
     """
+    wanted, arch = sorted(set(sites), key=lambda site: (site[1], site[0])), lm.arch
     if not texts:
         raise ValueError("There are no texts to collect activations from: the split is empty, choose another one.")
-    layers, arch = sorted(set(layers)), lm.arch
+    if not wanted:
+        raise ValueError("There are no sites to collect: name at least one, such as ('z', 0).")
+    for site in wanted:
+        check_site(arch, site)
     lengths = [len(text.ids) for text in texts]
     check_lengths(lm, lengths)
     index = torch.tensor([(row, position) for row, length in enumerate(lengths) for position in range(length)])
     first = torch.tensor([0, *lengths]).cumsum(0)
-    out = {layer: torch.empty(len(index), arch.n_heads * arch.d_head) for layer in layers}
+    out = {site: torch.empty(len(index), site_width(arch, site[0])) for site in wanted}
+    layers: dict[str, list[int]] = {}
+    for name, layer in wanted:
+        layers.setdefault(name, []).append(layer)
     for rows in batches(lengths, batch_size):
         ids, mask = pad_right([texts[i].ids for i in rows], lm.pad_id)
         target = torch.cat([torch.arange(first[i], first[i + 1]) for i in rows])
-        with capture(lm, {"z": layers}, stop=True) as cache:
+        with capture(lm, layers, stop=True) as cache:
             arch.decoder(input_ids=ids.to(arch.device), use_cache=False)
-        for layer in layers:
-            out[layer][target] = cache[("z", layer)][mask.to(arch.device)].float().cpu()
-    for layer, z in out.items():
-        if not torch.isfinite(z).all():
+        for site in wanted:
+            out[site][target] = cache[site][mask.to(arch.device)].float().cpu()
+    for (name, layer), x in out.items():
+        if not torch.isfinite(x).all():
             raise RuntimeError(
-                f"z of layer {layer} is not finite in {lm.dtype}: load {lm.name} in float32 or bfloat16."
+                f"{name} of layer {layer} is not finite in {lm.dtype}: load {lm.name} in float32 or bfloat16."
             )
     return Tokens(out, index)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from helpers.hooks import edit
 from helpers.models import LoadedModel
-from helpers.sae.training import nth_largest
+from helpers.sae.architectures import nth_largest
 
 
 @runtime_checkable

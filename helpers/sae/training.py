@@ -1,8 +1,8 @@
-"""Training sparse autoencoders on z with sae-lens's own architectures, in a loop without its defaults' cost.
+"""Training sparse autoencoders with sae-lens's own architectures, in a loop without its defaults' cost.
 
-The modules, losses and file format are sae-lens's; only the loop is ours: one buffer of activations, fused Adam, no
-logging and no synchronisation inside a step, and a batch top-k by threshold instead of a sort. Inputs are scaled to a
-mean norm of sqrt(d_in) and the scale is folded back, so the saved SAE reads raw z. Notebook 03 tells the story.
+The modules, losses and file format are sae-lens's; the loop (descent.py) and BatchTopK's gradients (sparse.py) are
+ours. Inputs are scaled to a mean norm of sqrt(d_in) and the scale is folded back, so the saved SAE reads raw vectors.
+Notebook 03 tells the story.
 """
 
 from __future__ import annotations
@@ -10,68 +10,52 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from sae_lens import SAE
-from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainStepInput
-from sae_lens.saes.topk_sae import TopKTrainingSAE
-from torch import Tensor, nn
+from torch import Tensor
 
 from helpers.config import Profile, SaeConfig, locate, profile
 from helpers.models import LoadedModel
-from helpers.sae.corpus import Text, collect_z, digest, world_texts
+from helpers.sae.architectures import ARCHITECTURES, OwnStep, controlled, finish, new_sae
+from helpers.sae.bank import CALIBRATION_TOKENS, train_bank
+from helpers.sae.corpus import Text, Tokens, collect_sites, digest, world_texts
+from helpers.sae.descent import Curve, check_activations, check_config, descend, scale_of
+from helpers.sae.loading import hook_name, load_sae
+from helpers.sae.sparse import SparseStep
+from helpers.sites import Site, check_site
 from helpers.store import artifact, fingerprint, write_json
-
-WARM_UP, DECAY, DEAD_AFTER = (
-    0.05,
-    0.3,
-    0.2,
-)  # shares of the run: warm-up, decay to zero, and silence that counts as dead
-CALIBRATION_TOKENS = 8_192
-
-
-class ThresholdTopK(nn.Module):
-    """sae-lens's BatchTopK: the k·n largest pre-activations of a batch of n stay, found by their threshold.
-
-    Equal to it but for exact ties, which all stay; backward costs one product instead of a scatter.
-    """
-
-    def __init__(self, k: float) -> None:
-        super().__init__()
-        self.k = k
-
-    def forward(self, x: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_sae"]:
-        """The activations, zero outside the top k·n."""
-        acts = x.relu()
-        keep = min(max(int(self.k * len(x)), 1), acts.numel())
-        return acts * (acts >= nth_largest(acts.detach(), keep))
-
-
-def nth_largest(values: Tensor, n: int) -> Tensor:
-    """The n-th largest entry, exactly: n groups reach the n-th largest group maximum, so no smaller entry can be it."""
-    flat = values.flatten()
-    size = len(flat) // (4 * n)
-    if size >= 4:
-        maxima = flat[: len(flat) // size * size].view(-1, size).amax(1)
-        flat = flat[flat >= maxima.topk(n, sorted=False).values.min()]
-    return flat.topk(n, sorted=False).values.min()
 
 
 @dataclass(frozen=True)
 class Trained:
-    """SAEs by layer as sae-lens loads them, the folder of each, and their training curves {step, fvu, dead}, and the
-    artifact's
-    name."""
+    """What was trained at each (site, layer): the SAE as sae-lens loads it, its folder and its curve; and a key."""
 
-    saes: dict[int, SAE]
-    folders: dict[int, Path]
-    curves: dict[int, dict[str, list[float]]]
+    at: dict[Site, tuple[SAE, Path, Curve]]
     key: str
+
+    def of(self, site: str) -> dict[int, SAE]:
+        """The SAEs of one site, by layer."""
+        return {layer: sae for (name, layer), (sae, _, _) in self.at.items() if name == site}
+
+    @property
+    def saes(self) -> dict[int, SAE]:
+        """The SAEs of z, by layer."""
+        return self.of("z")
+
+    @property
+    def folders(self) -> dict[int, Path]:
+        """The folders of the SAEs of z, by layer."""
+        return {layer: folder for (name, layer), (_, folder, _) in self.at.items() if name == "z"}
+
+    @property
+    def curves(self) -> dict[int, Curve]:
+        """The training curves {step, fvu, dead} of the SAEs of z, by layer."""
+        return {layer: curve for (name, layer), (_, _, curve) in self.at.items() if name == "z"}
 
 
 def train_sae(
@@ -82,50 +66,32 @@ def train_sae(
     architecture: str = "batchtopk",
     options: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
-) -> tuple[Any, dict[str, list[float]]]:
+    device: torch.device | str = "cpu",
+) -> tuple[Any, Curve]:
     """Train one SAE on the rows of z for `cfg.n_tokens` tokens (rows are seen repeatedly); returns it and its curve.
 
-    `architecture` is any sae-lens training architecture with its `options`; the default is BatchTopK (Bussmann et al.
-    2024) with k = cfg.k. Raises ValueError for fewer rows than a batch, or RuntimeError when the loss is not finite.
+    `architecture` is one of architectures.ARCHITECTURES with sae-lens's `options`; the default is BatchTopK (Bussmann
+    et al. 2024). `cfg.k` is the L0 asked for in each
+    of them. Raises ValueError for an unknown architecture or option,
+    impossible sizes, too few or constant activations or ones that are not finite, and RuntimeError when the loss is not
+    finite. Story: notebook 03.
     """
-    if len(z) < cfg.batch_size:
-        raise ValueError(
-            f"{len(z)} activations do not fill one batch of {cfg.batch_size}: add texts or lower batch_size."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    sae = _new_sae(z.shape[1], cfg, seed, architecture, dict(options or {}), dict(metadata or {}))
-    scale = (z.shape[1] ** 0.5 / z.norm(dim=1).mean()).item()
+    check_config(cfg)
+    given = {"seed": seed, "architecture": architecture, "options": options, "metadata": metadata}
+    sae = new_sae(z.shape[1], cfg, cfg.n_tokens // cfg.batch_size, **given)
+    check_activations(z, cfg)
+    scale = scale_of(z)
     with torch.no_grad():
         sae.b_dec.copy_(z.mean(0) * scale)
-    spread = (z - z.mean(0)).square().sum(1).mean().item() * scale**2
-    steps = max(cfg.n_tokens // cfg.batch_size, 1)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, steps))
-    silent = torch.zeros(cfg.width)
-    curve: dict[str, list[float]] = {"step": [], "fvu": [], "dead": []}
-    order = torch.randperm(len(z), generator=generator)
-    at = 0
-    for step in range(steps):
-        if at + cfg.batch_size > len(order):
-            order, at = torch.randperm(len(z), generator=generator), 0
-        batch = z[order[at : at + cfg.batch_size]] * scale
-        at += cfg.batch_size
-        dead = silent > DEAD_AFTER * steps
-        out = _forward(sae, batch, dead, step, steps)
-        optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
-        optimizer.step()
-        schedule.step()
-        silent = torch.where((out.feature_acts.detach() > 0).any(0), 0.0, silent + 1)
-        if step % max(steps // 40, 1) == 0 or step == steps - 1:
-            curve["step"].append(step)
-            curve["fvu"].append(out.losses["mse_loss"].item() / spread)
-            curve["dead"].append((silent > DEAD_AFTER * steps).float().mean().item())
-    if not all(map(_finite, curve["fvu"])):
-        raise RuntimeError("The SAE's loss is no longer finite: lower its learning rate.")
-    sample = z[order[:CALIBRATION_TOKENS]] * scale
-    _calibrate(sae, sample, cfg.k)
-    sae.fold_activation_norm_scaling_factor(scale)
+    sae = sae.to(device=str(device))
+    follows = controlled(architecture, options)
+    step = SparseStep(sae) if SparseStep.suits(sae) else OwnStep(sae, cfg.k, follows)
+    order, curve = descend(step, z, scale, cfg, torch.zeros(cfg.width, dtype=torch.bool, device=device), seed)
+    if isinstance(step, SparseStep):
+        step.store()
+    sae.zero_grad(set_to_none=True)
+    sae = sae.to(device="cpu")
+    finish(sae, z[order[:CALIBRATION_TOKENS]], scale.item(), cfg.k, follows)
     return sae, curve
 
 
@@ -135,58 +101,53 @@ def train_saes(
     *,
     texts: Sequence[Text] | None = None,
     layers: Sequence[int] | None = None,
+    sites: Sequence[Site] | None = None,
     seed: int = 0,
+    architecture: str = "batchtopk",
+    options: Mapping[str, Any] | None = None,
 ) -> Trained:
-    """One SAE per layer of the profile on z of the model's own texts, made once and kept as an artifact.
+    """One SAE per (site, layer), by default z of the profile's layers, on activations of the model's own texts.
 
-    `texts` defaults to the chat and fit splits of the world: no validation or test row is seen. Raises ValueError for a
-    layer the model does not have.
+    `texts` defaults to the chat and fit splits of the world: no validation or test row is seen. All sites are collected
+    in one pass. Each SAE is an artifact of its own, so an interrupted run loses only the one in work. The architecture
+    "heads" trains a bank of one SAE per head of z (bank.py) with the profile's total width and k. Raises ValueError for
+    a site or layer the model does not have, and the errors of train_sae. Story: notebook 03.
     """
     p = p or profile()
-    layers = tuple(p.sae.layers if layers is None else layers)
+    if layers is not None and sites is not None:
+        raise ValueError("Give layers (of z) or sites as (site, layer) pairs, not both.")
+    wanted = list(dict.fromkeys(("z", n) for n in layers or p.sae.layers) if sites is None else dict.fromkeys(sites))
+    for site in wanted:
+        check_site(lm.arch, site)
+    _check_architecture(architecture, options, wanted)
     texts = world_texts(lm, "fit") + world_texts(lm, "chat") if texts is None else list(texts)
-    for layer in layers:
-        lm.arch.layer(layer)
-    key = {"model": model_key(lm), "sae": p.sae, "layers": layers, "texts": digest(texts), "seed": seed}
+    common = {"model": model_key(lm), "sae": replace(p.sae, layers=()), "texts": digest(texts), "seed": seed}
+    common |= {"architecture": architecture, "options": dict(options or {})}
+    collected: list[Tokens] = []
 
-    def make(folder: Path) -> None:
-        tokens = collect_z(lm, texts, layers, batch_size=p.batch_size)
-        curves = {}
-        for layer in layers:
-            about = {
-                "model_name": Path(lm.name).name,
-                "hook_name": f"blocks.{layer}.attn.o.hook_in",
-                "prepend_bos": True,
-            }
-            about |= {
-                "context_size": max(len(t.ids) for t in texts),
-                "companion": {"rows": len(tokens.z[layer]), "seed": seed},
-            }
-            sae, curves[str(layer)] = train_sae(tokens.z[layer], p.sae, seed=seed, metadata=about)
-            sae.save_inference_model(folder / f"layer-{layer}")
-        write_json(folder / "curves.json", curves)
+    def make(folder: Path, site: Site) -> None:
+        if not collected:
+            collected.append(collect_sites(lm, texts, wanted, batch_size=p.batch_size))
+        about = _about(lm, texts, site, {**common, "rows": len(collected[0].index)})
+        given = {"seed": seed, "device": lm.device}
+        if architecture == "heads":
+            heads = lm.arch.n_heads
+            small = replace(p.sae, width=p.sae.width // heads, k=max(round(p.sae.k / heads), 1))
+            bank, curve = train_bank(collected[0].sites[site], heads, small, **given)
+            bank.as_sae(about).save_model(folder)
+        else:
+            given |= {"architecture": architecture, "options": options, "metadata": about}
+            sae, curve = train_sae(collected[0].sites[site], p.sae, **given)
+            sae.save_inference_model(folder)
+        write_json(folder / "curve.json", curve)
 
-    folder = artifact("sae", key, make)
-    folders = {layer: folder / f"layer-{layer}" for layer in layers}
-    curves = {int(k): v for k, v in json.loads((folder / "curves.json").read_text()).items()}
-    return Trained({layer: load_sae(path, lm, layer) for layer, path in folders.items()}, folders, curves, folder.name)
-
-
-def load_sae(path: Path | str, lm: LoadedModel, layer: int) -> SAE:
-    """Load a saved SAE for z of one layer; FileNotFoundError when there is none, ValueError when it does not fit the
-    model.
-    """
-    if not (Path(path) / "cfg.json").is_file():
-        raise FileNotFoundError(
-            f"There is no SAE in {path}: notebook 03 trains one, or give a folder saved by sae-lens."
-        )
-    sae = SAE.load_from_disk(path, device=str(lm.device)).requires_grad_(False).eval()
-    width = lm.arch.o_proj(layer).in_features
-    if sae.cfg.d_in != width:
-        raise ValueError(
-            f"The SAE in {path} reads vectors of width {sae.cfg.d_in}, but z of layer {layer} has {width}."
-        )
-    return sae
+    at = {}
+    for site in wanted:
+        folder = artifact("sae", {**common, "site": site}, lambda to, site=site: make(to, site))
+        curve = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
+        at[site] = load_sae(folder, lm, site[1], site[0]), folder, curve
+    names = "\n".join(folder.name for _, folder, _ in at.values())
+    return Trained(at, hashlib.sha256(names.encode()).hexdigest()[:20])
 
 
 def model_key(lm: LoadedModel) -> str:
@@ -201,47 +162,23 @@ def model_key(lm: LoadedModel) -> str:
     return total.hexdigest()[:16]
 
 
-def _new_sae(d_in: int, cfg: SaeConfig, seed: int, architecture: str, options: dict, metadata: dict) -> Any:
-    sae_class, config_class = get_sae_training_class(architecture)
-    if architecture in ("batchtopk", "topk"):
-        options = {"k": cfg.k, **options}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        sae = sae_class(config_class(d_in=d_in, d_sae=cfg.width, **options))
-    for name, value in metadata.items():
-        sae.cfg.metadata[name] = value
-    if architecture == "batchtopk":
-        sae.activation_fn = ThresholdTopK(cfg.k)
-    return sae
+def _check_architecture(architecture: str, options: Mapping[str, Any] | None, sites: Sequence[Site]) -> None:
+    if architecture == "heads" and (options or any(site != "z" for site, _ in sites)):
+        raise ValueError("A bank of heads is trained on z alone and takes no options: leave out the others.")
+    if architecture not in (*ARCHITECTURES, "heads"):
+        known = ", ".join((*ARCHITECTURES, "heads"))
+        raise ValueError(f"There is no SAE architecture {architecture!r}: use one of {known}.")
 
 
-def _forward(sae: Any, batch: Tensor, dead: Tensor, step: int, steps: int) -> Any:
-    warm = {
-        name: c if isinstance(c, float | int) else c.value * min(1.0, (step + 1) / max(c.warm_up_steps, 1))
-        for name, c in sae.get_coefficients().items()
+def _about(lm: LoadedModel, texts: Sequence[Text], site: Site, companion: Mapping[str, Any]) -> dict[str, Any]:
+    """What sae-lens keeps beside the weights."""
+    bos = lm.tokenizer.bos_token_id
+    name = Path(lm.name).name if Path(locate(lm.name)).is_dir() else lm.name
+    kept = {k: companion[k] for k in ("model", "texts", "seed", "rows")}
+    return {
+        "model_name": name,
+        "hook_name": hook_name(*site),
+        "prepend_bos": bos is not None and all(text.ids[0] == bos for text in texts),
+        "context_size": max(len(text.ids) for text in texts),
+        "companion": {**kept, "site": site[0], "layer": site[1], "architecture": companion["architecture"]},
     }
-    given = TrainStepInput(
-        sae_in=batch, coefficients=warm, dead_neuron_mask=dead, n_training_steps=step, is_logging_step=False
-    )
-    if isinstance(sae.activation_fn, ThresholdTopK):  # its running threshold is replaced by an exact one at the end
-        return TopKTrainingSAE.training_forward_pass(sae, given)
-    return sae.training_forward_pass(given)
-
-
-@torch.no_grad()
-def _calibrate(sae: Any, sample: Tensor, k: float) -> None:
-    # sae-lens keeps a running threshold that lags; the value that gives k latents per token on the trained weights
-    # does not.
-    if not hasattr(sae, "topk_threshold"):
-        return
-    acts = sae.encode_with_hidden_pre(sample)[1].relu()
-    sae.topk_threshold.fill_(nth_largest(acts, min(int(k * len(sample)) + 1, acts.numel())).item())
-
-
-def _lr_share(step: int, steps: int) -> float:
-    up, down = max(WARM_UP * steps, 1), max(DECAY * steps, 1)
-    return min(1.0, (step + 1) / up, (steps - step) / down)
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
