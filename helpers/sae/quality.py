@@ -214,7 +214,7 @@ def measure(lm: LoadedModel, dictionaries: Mapping[int, Dictionary], held: HeldO
     layers = {n: reconstruction(dictionary, held.tokens.z[n]) for n, dictionary in dictionaries.items()}
     recovered = loss_recovered(lm, held.answers, dictionaries, held.tokens, batch_size=p.batch_size)
     requests = behaviour(lm, held.requests, dictionaries, held.clean, **size)
-    harmful = np.array([float(row["kind"] == "harmful") for row in held.requests])
+    harmful = np.array([float(row.get("kind") == "harmful") for row in held.requests])
     return Quality(layers, recovered, requests, harmful)
 
 
