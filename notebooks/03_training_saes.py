@@ -230,7 +230,8 @@ words = {"more": "lower than", "less": "higher than", "same": "not clearly diffe
 for name, other in (("untrained SAE", "an untrained SAE"), ("principal components", "principal components")):
     gain = loss_gain(quality["SAE"], quality[name])
     print(f"Spliced with the SAE, the model's loss per answer is {compared(gain, **words)} "
-          f"its loss with {other}\n  of equal L0 (it is lower by {gain.estimate:.2f} [{gain.low:.2f}, {gain.high:.2f}] nats).")
+          f"its loss with {other}\n  of equal L0 (it is lower by "
+          f"{gain.estimate:.2f} [{gain.low:.2f}, {gain.high:.2f}] nats).")
 
 # %% [markdown]
 # Read the rows against each other. Where a control keeps a behaviour too, that column says more about the model's robustness than about the dictionary, and only
@@ -284,9 +285,9 @@ print("The SAEs pass the gate." if verdict is None else f"Not good enough: {verd
 
 # %%
 # NBVAL_CHECK_OUTPUT
-best, worst = quality["SAE"].row(""), max(quality["SAE"].layers.values(), key=lambda r: r.fvu)
+spliced, worst = quality["SAE"].row(""), max(quality["SAE"].layers.values(), key=lambda r: r.fvu)
 untrained_fvu = max(r.fvu for r in quality["untrained SAE"].layers.values())
-report.check("sae.l0", best["L0"], atol=2.0)
+report.check("sae.l0", spliced["L0"], atol=2.0)
 report.check("sae.fvu_worst_layer", worst.fvu, atol=0.05)
 report.check("sae.loss_recovered", quality["SAE"].recovered.share.estimate, atol=0.05)
 for_sae = quality["SAE"].survives()

@@ -308,7 +308,8 @@ separated = double_dissociation(table, {"refusal-specific": "refusal", "hallucin
 
 # %%
 for name, holds in separated.items():
-    how = "moves its own behaviour and leaves the other, taken out and doubled" if holds else "not shown to do both"
+    both = "moves its own behaviour and leaves the other, taken out and doubled"
+    how = both if holds else "not shown to move its own behaviour and to leave the other"
     found_any = any(cell.latents == name for cell in table)
     print(f"{name}: {how}." if found_any else f"{name}: no such latent was selected, so it is untested.")
 print("The separation is double." if all(separated.values()) else "The separation is not shown to be double.")
@@ -348,7 +349,8 @@ if other:
     size = max(abs(cell.nats.estimate) for cell in other)
     own = max(abs(cell.nats.estimate) for cell in table if cell.behaviour == "refusal")
     told = (f"The hallucination-only latents move the choice between right and wrong "
-            f"by at most {size:.3f} nats beyond random ones; the largest effect of any set on refusal is {own:.2f} nats")
+            f"by at most {size:.3f} nats beyond random ones; "
+            f"the largest effect of any set on refusal is {own:.2f} nats")
 at_ceiling = base.truthful.mean() > 0.95
 near_limit = "at its ceiling, so a share could hardly rise" if at_ceiling else "away from its limits"
 print(told + ".", f"Truth before ablation is {near_limit}.", sep="\n")

@@ -22,7 +22,7 @@ SAME = 0.7  # a matched pair at least this close counts as one latent (Paulo and
 
 
 def matched_cosines(
-    a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], max_rows: int = 4096, seed: int = 0
+    a: Float[Tensor, "n d"], b: Float[Tensor, "m d_b"], max_rows: int = 4096, seed: int = 0
 ) -> Float[np.ndarray, " k"]:
     """Cosine of each row of `a` with the row of `b` it is matched to, in a's order; each row of b serves once.
 
