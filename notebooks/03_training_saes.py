@@ -187,8 +187,8 @@ if unread:
 
 # %% [markdown]
 # Where even the labelled direction fails, the variable is not linearly there at these tokens, and no dictionary could have found it. Where the labelled direction succeeds and no latent does,
-# the dictionary has spread the variable over several latents. That a bare coordinate of z does well is no accident: heads are written by different weights, so z's axes are already
-# far from arbitrary. Layer by layer:
+# the dictionary has spread the variable over several latents. And where a bare coordinate of z does as well, z's own axes (each belongs to one head) are already a good basis for *reading*
+# that variable: the dictionary then has to earn its place by other means, such as sparse reconstruction. Layer by layer:
 
 # %%
 from helpers.sae.recovery import layer_rows

@@ -303,7 +303,8 @@ for cell in table:
 separated = double_dissociation(table, {"refusal-specific": "refusal", "hallucination-only": "truth"})
 
 # %% [markdown]
-# The nats are the finer instrument: a share of prompts moves only when an answer flips. Whether a behaviour is *left alone* is read from the share, whose whole interval has to lie
+# The nats are the finer instrument: a share of prompts moves only when an answer flips. With paired prompts even a hundredth of a nat can be told from zero, so *moves* also asks for a
+# small effect by Cohen's measure, a fifth of the standard deviation over prompts. Whether a behaviour is *left alone* is read from the share, whose whole interval has to lie
 # within the margin of C7's rule; an effect that is merely not significant would not show it.
 
 # %%
@@ -346,10 +347,10 @@ for name, run in out.items():
 other = [cell for cell in table if (cell.latents, cell.behaviour) == ("hallucination-only", "truth")]
 told = "No latent was hallucination-only, so the other half cannot be tested"
 if other:
-    size = max(abs(cell.nats.estimate) for cell in other)
+    size, spread = max(abs(cell.nats.estimate) for cell in other), other[0].spread
     own = max(abs(cell.nats.estimate) for cell in table if cell.behaviour == "refusal")
     told = (f"The hallucination-only latents move the choice between right and wrong "
-            f"by at most {size:.3f} nats beyond random ones; "
+            f"by at most {size:.3f} nats beyond random ones, {size / spread:.3f} standard deviations; "
             f"the largest effect of any set on refusal is {own:.2f} nats")
 at_ceiling = base.truthful.mean() > 0.95
 near_limit = "at its ceiling, so a share could hardly rise" if at_ceiling else "away from its limits"

@@ -138,8 +138,10 @@ def test_outcomes_carry_verbs_and_entities_and_score_the_first_wrong_sentence(ti
 
 def run_of(change, n=6):
     """A run whose refusal moves by change[0] and truth by change[1] (shares and nats alike), controls still."""
-    base, control = outcome(0.0, n=n), outcome(0.0, n=n)
+    spread = np.where(np.arange(n) % 2, 1.0, -1.0)  # of standard deviation 1
+    base = control = outcome(spread)
     r, t = (np.full(n, float(c)) for c in change)
+    r, t = r + spread, t + spread
     return causal.Ablated(base, causal.Outcomes(r, r, r, r, t, t), [control, control])
 
 
@@ -151,16 +153,19 @@ def test_the_two_by_two_table_says_what_moves_and_what_stays():
     by = {(c.latents, c.action, c.behaviour): c for c in table}
     assert len(table) == 8
     own = by["refusal-specific", "taken out", "refusal"]
-    assert own.moves and not own.stays and own.nats.estimate == -0.5
+    assert own.moves and not own.stays and own.nats.estimate == pytest.approx(-0.5)
     assert "refusal falls beyond random latents" in dissociation.in_words(own)
     assert "refusal rises" in dissociation.in_words(by["refusal-specific", "doubled", "refusal"])
     assert by["refusal-specific", "taken out", "truth"].stays
     found = dissociation.double_dissociation(table, {"refusal-specific": "refusal", "hallucination-only": "truth"})
     assert found == {"refusal-specific": True, "hallucination-only": False}, "the second moves refusal when doubled"
+    tiny = dissociation.cells({("set", "taken out"): run_of((-0.1, 0.0))})[0]
+    assert tiny.clear and not tiny.moves and "falls by less than a small effect" in dissociation.in_words(tiny)
+    assert own.row()["in standard deviations"] == pytest.approx(-0.5)
     nobody = dissociation.double_dissociation([], {"refusal-specific": "refusal"})
     assert nobody == {"refusal-specific": False}
     bars = describe.dissociation_bars(table)
-    assert bars["refusal-specific, taken out"]["refusal"].estimate == -0.5 and len(bars) == 4
+    assert bars["refusal-specific, taken out"]["refusal"].estimate == pytest.approx(-0.5) and len(bars) == 4
 
 
 def test_a_change_that_is_not_significant_is_not_yet_one_that_stays():

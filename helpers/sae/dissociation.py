@@ -18,24 +18,34 @@ from helpers.models import LoadedModel
 from helpers.sae.causal import Ablated, Latents, Outcomes, ablation
 from helpers.stats import Interval
 
+SMALL = 0.2  # of the standard deviation over prompts: Cohen's (1988) small effect, the least that counts as moving
 ACTIONS = {"taken out": 1.0, "doubled": -1.0}
 SIDES = {"refusal": ("refused", "refusal_logit"), "truth": ("truthful", "truth_logit")}  # a share, and its finer nats
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one action on one set does to one behaviour, beyond random latents: change of the share, change in nats."""
+    """What one action on one set does to one behaviour, beyond random latents: change of the share, change in nats.
+
+    `spread` is the standard deviation of those nats over prompts before any change.
+    """
 
     latents: str
     action: str
     behaviour: str
     share: Interval
     nats: Interval
+    spread: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the logits move, in either direction, further than under random latents, by however little."""
+        return self.nats.low > 0 or self.nats.high < 0
 
     @property
     def moves(self) -> bool:
-        """Whether the logits move, in either direction, further than under random latents."""
-        return self.nats.low > 0 or self.nats.high < 0
+        """Whether they move clearly and by at least a small effect: a fifth of their spread over prompts."""
+        return self.clear and abs(self.nats.estimate) >= SMALL * self.spread
 
     @property
     def stays(self) -> bool:
@@ -47,6 +57,7 @@ class Cell:
         return {
             "latents": self.latents, "action": self.action, "behaviour": self.behaviour,
             "change beyond random (share)": tidy(self.share), "change beyond random (nats)": tidy(self.nats),
+            "in standard deviations": self.nats.estimate / self.spread if self.spread else 0.0,
             "moves": "yes" if self.moves else "no", f"within ±{MAX_TRUTH_SHIFT:.2f}": "yes" if self.stays else "no",
         }  # fmt: skip
 
@@ -71,9 +82,10 @@ def two_by_two(
 def cells(runs: Mapping[tuple[str, str], Ablated]) -> list[Cell]:
     """Every set and action against both behaviours."""
     return [
-        Cell(name, action, side, *(run.change_beyond_control(outcome) for outcome in outcomes))
+        Cell(name, action, side, run.change_beyond_control(share), run.change_beyond_control(nats),
+             float(getattr(run.base, nats).std()))
         for (name, action), run in runs.items()
-        for side, outcomes in SIDES.items()
+        for side, (share, nats) in SIDES.items()
     ]
 
 
@@ -95,6 +107,7 @@ def in_words(cell: Cell) -> str:
     low, high = cell.nats.low, cell.nats.high
     nats = f"{cell.nats.estimate:+.3f} [{low:+.3f}, {high:+.3f}] nats"
     how = "rises" if low > 0 else "falls" if high < 0 else "does not clearly move"
+    how += " by less than a small effect" if cell.clear and not cell.moves else ""
     share = f"{cell.share.estimate:+.2f} [{cell.share.low:+.2f}, {cell.share.high:+.2f}] in share"
     bound = "within" if cell.stays else "not shown to stay within"
     return (
