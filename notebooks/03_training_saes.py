@@ -153,8 +153,8 @@ report.table(recovery_rows(best, variables), columns,
 
 # %%
 methods, names, grid = recovery_grid(best)
-short = ["SAE", "coordinate", "principal", "independent", "untrained", "labels known"]
-report.heatmap(grid, "Test AUROC of the best single column of each kind, per known variable", "columns of",
+short = ["SAE", "z itself", "PCA", "ICA", "untrained", "labels told"]
+report.heatmap(grid, "Known variables: test AUROC of the best single column", "columns of",
                name="sae_known_variables", x_labels=short, y_labels=names)
 
 # %%

@@ -172,10 +172,11 @@ groups = group_activations(lm, trained.saes, p)
 chosen = selection.specific if selection.specific.any() else selection.refusal
 named = [name for name, own in zip(names_of(selection), chosen, strict=True) if own]
 report.heatmap(mean_by_group(groups, chosen), "Mean activation by group, each latent's strongest group at 1",
-               x_labels=[f"{name} ({len(f)})" for name, f in groups.items()], y_labels=named,
+               x_labels=[name.removeprefix("harmful, ") for name in groups], y_labels=named,
                name="latents_by_group")
 
 # %%
+print("Texts of each group:", "; ".join(f"{name} {len(f)}" for name, f in groups.items()) + ".")
 if missing := [name for name in GROUPS if name not in groups]:
     print(f"No test text is in: {', '.join(missing)}.")
 if {"harmful, refused", "harmful, answered"} <= set(groups):
@@ -292,7 +293,7 @@ report.table([cell.row() for cell in table], columns=list(table[0].row()) if tab
 from helpers.sae.describe import dissociation_bars
 
 report.bars(dissociation_bars(table), "What each set of latents moves, beyond random latents",
-            "change of refuse − comply or right − wrong (nats)", name="latent_dissociation",
+            "change of the logit (nats)", name="latent_dissociation",
             reference=(0.0, "random latents"))
 
 # %%
