@@ -109,10 +109,10 @@ def in_words(cell: Cell) -> str:
     how = "rises" if low > 0 else "falls" if high < 0 else "does not clearly move"
     how += " by less than a small effect" if cell.clear and not cell.moves else ""
     share = f"{cell.share.estimate:+.2f} [{cell.share.low:+.2f}, {cell.share.high:+.2f}] in share"
-    bound = "within" if cell.stays else "not shown to stay within"
+    bound = f", {'within' if cell.stays else 'not shown to stay within'} ±{MAX_TRUTH_SHIFT:.2f}"
     return (
-        f"{cell.latents} latents {cell.action}: {cell.behaviour} {how} beyond random latents ({nats}; {share}, "
-        f"{bound} ±{MAX_TRUTH_SHIFT:.2f})."
+        f"{cell.latents} latents {cell.action}: {cell.behaviour} {how} beyond random latents ({nats}; "
+        f"{share}{'' if cell.moves else bound})."
     )
 
 
