@@ -11,7 +11,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alignment-tradeoff/companion/blob/main/notebooks/03_training_saes.ipynb)
 #
-# **How good is a sparse autoencoder on z, honestly measured?**
+# **How good is a sparse autoencoder on z, and does it find what is known to be there?**
 #
 # | | the paper's statement | how we know it |
 # |---|---|---|
@@ -19,12 +19,13 @@
 #
 # Layers, width, sparsity, training text and every quality threshold below are this companion's own choice **[own]**: the paper's are not known to us.
 #
-# *Run time: about a minute on two processor cores. Memory: under 2 GB.*
+# *Run time: about a minute and a half on two processor cores. Memory: under 2 GB.*
 #
 # Afterwards you will be able to
 # - write an SAE's algebra in ten lines, and train one with sae-lens's modules in seconds;
+# - score its latents against variables whose values are known, beside baselines with equal access;
 # - measure it as it will be *used*: inference-time L0, unexplained variance, recovered loss, recovered behaviour, dead latents;
-# - say what a dictionary that learned nothing would have scored;
+# - say what a dictionary that learned nothing would have scored, and whether a second training finds the same latents;
 # - decide, by a gate written down beforehand, whether it is good enough to draw conclusions from.
 
 # %% tags=["setup"]
@@ -55,7 +56,7 @@ lm = load_model(p.model, device=p.device, dtype=p.dtype)
 #
 # `z` is the input of the output projection: all query heads side by side, before $W_O$ mixes them. It is collected at every token of mixed texts:
 # harmful requests with refusals, benign requests and look-alikes with answers, facts answered rightly *and* wrongly, unknown things declined,
-# and plain sentences outside any chat. Only the chat and fit splits are used; test prompts stay unseen until section 4.
+# and plain sentences outside any chat. Only the chat and fit splits are used here; test prompts choose nothing in this notebook.
 
 # %%
 from collections import Counter
@@ -115,15 +116,96 @@ sae = SAE.load_from_disk(trained.folders[layer])
 print(type(sae).__name__, sae.cfg.metadata.hook_name, tuple(sae.W_dec.shape))
 
 # %% [markdown]
-# ## 4 · Honest quality
+# ## 4 · Does it find what is known to be there?
+#
+# On a public model nobody knows which features there *are*, so latents are judged by how plausible they look. The embedded model was trained on a world whose tables say
+# what every text is about. That makes nine variables with known values, each read at tokens fixed beforehand: the last prompt token, the prompt, or the answer.
+
+# %%
+from helpers.sae.world_variables import world_variables
+
+variables = world_variables(lm)
+report.table([{"variable": v.name, "read at": v.read, "classes": v.labels.shape[1],
+               "fit and val texts": int((~v.test).sum()), "test texts": int(v.test.sum())}
+              for v in variables])
+
+# %% [markdown]
+# For every variable **one** latent, its sign and a threshold are chosen on the fit and val texts; the test texts report. AUROC asks whether the latent ranks texts rightly, F1 whether
+# its threshold sorts them. A variable of many classes chooses one latent per class and counts them together. The layer, too, is chosen on fit and val texts.
+#
+# Four baselines get the same access: the coordinates of z itself, its principal components, its independent components (FastICA), and the latents of a dictionary of random
+# directions, as many as the SAE has. The difference in means is a reference of another kind: a direction that is *told* the labels.
+
+# %%
+from helpers.sae.dictionaries import untrained
+from helpers.sae.recovery import at_best_layer, readers, recover_all
+
+random_saes = {n: untrained(one, fit.z[n]) for n, one in trained.saes.items()}
+found = recover_all(lm, variables, readers(trained.saes, random_saes, fit), batch_size=p.batch_size)
+best = at_best_layer(found)
+
+# %%
+from helpers.sae.recovery import recovery_grid, recovery_rows
+
+columns = ["variable", "SAE latent", "AUROC", "F1", "F1, always yes"]
+report.table(recovery_rows(best, variables), columns,
+             caption="One SAE latent per variable, on test texts (clusters of verbs or entities resampled)")
+
+# %%
+methods, names, grid = recovery_grid(best)
+short = ["SAE", "z itself", "PCA", "ICA", "untrained", "labels told"]
+report.heatmap(grid, "Known variables: test AUROC of the best single column", "columns of",
+               name="sae_known_variables", x_labels=short, y_labels=names)
+
+# %%
+rows = [{"variable": name, **dict(zip(methods, row, strict=True))}
+        for name, row in zip(names, grid, strict=True)]
+report.table(rows, caption="The same numbers: AUROC on test texts")
+
+# %% [markdown]
+# The paired difference to each baseline, clusters resampled alike, decides what the SAE adds:
+
+# %%
+from helpers.evaluate.words import compared
+from helpers.sae.recovery import SAE_LATENT, advantages, mean_advantage
+
+said = {"more": "more", "less": "less", "same": "neither clearly more nor clearly less"}
+for method in methods[1:]:
+    each, mean = advantages(best, method), mean_advantage(best, method)
+    wins, losses = sum(d.low > 0 for d in each.values()), sum(d.high < 0 for d in each.values())
+    print(f"The SAE's latents recover {compared(mean, **said)} than the best {method}: {mean.estimate:+.3f} "
+          f"[{mean.low:+.3f}, {mean.high:+.3f}] AUROC on average,\n  better on {wins} "
+          f"of {mean.n} variables, worse on {losses}, undecided on the rest.")
+
+# %%
+unread = [name for name, by_method in best.items() if by_method[SAE_LATENT].auroc.low <= 0.5]
+informed = [name for name in unread if best[name]["difference in means (labels)"].auroc.low > 0.5]
+print("Variables that no SAE latent ranks better than chance: " + (", ".join(unread) or "none") + ".")
+if unread:
+    blind = [name for name in unread if name not in informed]
+    print(f"Of these, a direction that knows the labels does not find: {', '.join(blind) or 'none'}.")
+
+# %% [markdown]
+# Where even the labelled direction fails, the variable is not linearly there at these tokens, and no dictionary could have found it. Where the labelled direction succeeds and no latent does,
+# the dictionary has spread the variable over several latents. And where a bare coordinate of z does as well, z's own axes (each belongs to one head) are already a good basis for *reading*
+# that variable: the dictionary then has to earn its place by other means, such as sparse reconstruction. Layer by layer:
+
+# %%
+from helpers.sae.recovery import layer_rows
+
+report.table(layer_rows(found), caption="Test AUROC of the chosen SAE latent at each layer")
+
+# %% [markdown]
+# ## 5 · Honest quality
 #
 # Everything below is measured at inference, on **test** texts, without each text's first token (its z never varies, which flatters every number):
 #
 # - **L0**: active latents per token; **FVU**: of the worst layer; **dead**: latents that never fire on these tokens;
 # - **loss recovered**: z of *all* SAE layers is replaced by its reconstruction while the model answers. 1 means its loss on the clean model's own answers is that of the clean model,
 #   0 that of a model whose z is always the mean. The interval resamples prompts;
-# - **refusals kept**: of the harmful requests the clean model refuses, how many the spliced model still refuses;
-# - **same label**: how many requests of all kinds are still judged the same.
+# - **refusals kept**: of the harmful requests the clean model refuses, how many the spliced model still refuses; **answers kept** and **abstentions kept** ask the same
+#   of benign requests and look-alikes it answers, and of unknown things it declines to tell;
+# - **same label**: how many requests and questions of all kinds are still judged the same.
 #
 # Two dictionaries that learned no features stand beside the SAE at its own L0: an *untrained* SAE, random directions with the best single scale,
 # and *principal components*.
@@ -134,25 +216,25 @@ from helpers.sae.quality import HeldOut, controls, measure
 held = HeldOut.of(lm, p, p.sae.layers)
 dictionaries = {"SAE": trained.saes, **controls(trained.saes, fit)}
 quality = {name: measure(lm, dictionary, held, p) for name, dictionary in dictionaries.items()}
-report.table([found.row(name) for name, found in quality.items()])
+report.table([one.row(name) for name, one in quality.items()])
 
 # %%
-surviving = {name: {"loss recovered": found.recovered.share, "refusals kept": found.kept("refused", True)}
-             for name, found in quality.items()}
+surviving = {name: {"loss recovered": one.recovered.share, **one.survives()} for name, one in quality.items()}
 report.bars(surviving, "What survives when z is replaced by its reconstruction", "share",
             name="sae_quality", reference=(1.0, "clean model"))
 
 # %%
-from helpers.evaluate.words import compared
 from helpers.sae.quality import loss_gain
 
-words = {"more": "lower than", "less": "higher than", "same": "about the same as"}
-for name in ("untrained SAE", "principal components"):
-    relation = compared(loss_gain(quality["SAE"], quality[name]), **words)
-    print(f"The model's loss with the SAE spliced in is {relation} with {name} of equal L0.")
+words = {"more": "lower than", "less": "higher than", "same": "not clearly different from"}
+for name, other in (("untrained SAE", "an untrained SAE"), ("principal components", "principal components")):
+    gain = loss_gain(quality["SAE"], quality[name])
+    print(f"Spliced with the SAE, the model's loss per answer is {compared(gain, **words)} "
+          f"its loss with {other}\n  of equal L0 (it is lower by "
+          f"{gain.estimate:.2f} [{gain.low:.2f}, {gain.high:.2f}] nats).")
 
 # %% [markdown]
-# Read the rows against each other. Where a control keeps the refusals too, "refusals kept" says more about the model's robustness than about the dictionary, and only
+# Read the rows against each other. Where a control keeps a behaviour too, that column says more about the model's robustness than about the dictionary, and only
 # the distance between the rows speaks for learned features.
 #
 # ### How often latents fire
@@ -165,7 +247,32 @@ report.lines(*density_curve(quality["SAE"].layers), "Latents by how often they f
              "log₁₀ share of tokens", "share of latents", name="sae_density")
 
 # %% [markdown]
-# ## 5 · Good enough?
+# ### Would a second training find the same latents?
+# A latent that only one seed finds is a property of the training, not of the model. So one layer's SAE is trained again from another seed, and the decoder rows of the two are matched one to
+# one, so that the summed cosine is largest (the Hungarian method). Matching alone gives something, too: two dictionaries of random directions show how much.
+
+# %%
+from helpers.sae.stability import SAME, seed_stability, stability_rows
+
+again = train_saes(lm, p, texts=texts, layers=[layer], seed=p.seeds[0] + 1)
+density = {n: r.density for n, r in quality["SAE"].layers.items()}
+random_again = {layer: untrained(trained.saes[layer], fit.z[layer], seed=1)}
+pairs = {"SAE, two seeds": seed_stability(trained.saes, again.saes, density),
+         "untrained, two seeds": seed_stability(random_saes, random_again)}
+report.table(stability_rows(pairs))
+
+# %%
+same, chance = (pairs[name][layer]["mean matched cosine"] for name in pairs)
+shared = pairs["SAE, two seeds"][layer][f"above {SAME}"]
+relation = "above" if same.low > chance.high else "not above"
+print(f"Matched latents of two trainings have a mean cosine of {same.estimate:.2f}, {relation} the "
+      f"{chance.estimate:.2f} of random directions; {shared.estimate:.0%} of the latents that fire come back "
+      f"with a cosine above {SAME}.")
+
+# %% [markdown]
+# Conclusions about *one named latent* need this number beside them; conclusions about sets of latents chosen by a rule can be repeated with the other seed.
+#
+# ## 6 · Good enough?
 #
 # The gate was written before any number: FVU, loss recovered and refusals kept each have a limit at the top of `helpers/sae/quality.py`. If the SAEs miss one of them,
 # notebook 04 leaves claim C7 *untested*, whatever their latents look like. The gate is decided on validation prompts.
@@ -178,14 +285,28 @@ print("The SAEs pass the gate." if verdict is None else f"Not good enough: {verd
 
 # %%
 # NBVAL_CHECK_OUTPUT
-best, worst = quality["SAE"].row(""), max(quality["SAE"].layers.values(), key=lambda r: r.fvu)
+spliced, worst = quality["SAE"].row(""), max(quality["SAE"].layers.values(), key=lambda r: r.fvu)
 untrained_fvu = max(r.fvu for r in quality["untrained SAE"].layers.values())
-report.check("sae.l0", best["L0"], atol=2.0)
+report.check("sae.l0", spliced["L0"], atol=2.0)
 report.check("sae.fvu_worst_layer", worst.fvu, atol=0.05)
 report.check("sae.loss_recovered", quality["SAE"].recovered.share.estimate, atol=0.05)
-report.check("sae.refusals_kept", quality["SAE"].kept("refused", True).estimate, atol=0.06)
+for_sae = quality["SAE"].survives()
+report.check("sae.refusals_kept", for_sae["refusals kept"].estimate, atol=0.06)
+report.check("sae.answers_kept", for_sae["answers kept"].estimate, atol=0.06)
+report.check("sae.abstentions_kept", for_sae["abstentions kept"].estimate, atol=0.1)
 report.check("sae.less_unexplained_than_untrained", worst.fvu < untrained_fvu)
 report.check("sae.passes_the_gate", verdict is None)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+average = sum(by_method[SAE_LATENT].auroc.estimate for by_method in best.values()) / len(best)
+report.check("sae.known_variables_auroc", average, atol=0.04)
+beyond = {method: mean_advantage(best, method).estimate for method in methods[1:]}
+report.check("sae.known_variables_beyond_untrained", beyond["untrained latent"], atol=0.05)
+report.check("sae.known_variables_beyond_coordinates", beyond["coordinate of z"], atol=0.05)
+report.check("sae.wrong_answer_auroc", best["wrong answer"][SAE_LATENT].auroc.estimate, atol=0.08)
+report.check("sae.seed_matched_cosine", same.estimate, atol=0.05)
+report.check("sae.seed_matched_above_random", same.low > chance.high)
 
 # %% [markdown]
 # ## Exercises

@@ -20,13 +20,15 @@
 # How features were scored, and every threshold below, is this companion's own choice **[own]**: the paper's are not known to us. No number of the paper is reproduced
 # here, only whether the separation exists, with intervals and controls.
 #
-# *Run time: about a minute on two processor cores. Memory: under 2 GB.*
+# *Run time: about a minute on two processor cores once notebook 03 has trained the SAEs. Memory: under 2 GB.*
 #
 # Afterwards you will be able to
 # - ask of a latent both *when it fires* and *what it pushes towards*, and why one without the other misleads;
 # - select latents on one set of prompts, confirm them on a second, report them on a third;
 # - say how many of them shuffled labels would have found;
-# - turn latents into a subspace of z and of the residual stream, and test a set of latents causally against a matched control.
+# - compare a latent with directions that other methods find, beside the cosine that chance gives;
+# - turn latents into a subspace of z and of the residual stream, and say how far it overlaps with others beyond chance;
+# - test two sets of latents causally, taken out *and* amplified, on two behaviours, against matched controls.
 
 # %% tags=["setup"]
 # Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing.
@@ -66,7 +68,7 @@ trained = train_saes(lm, p)
 # %%
 from helpers.activations import collect
 from helpers.data import load_table
-from helpers.stats import auroc_columns
+from helpers.stats import auroc, auroc_columns
 
 layer, rows = max(trained.saes), load_table("requests", "fit")
 sae, harmful = trained.saes[layer], torch.tensor([row["kind"] == "harmful" for row in rows])
@@ -159,50 +161,173 @@ columns = ["latent", "AUROC harmful / benign", "AUROC wrong / right", "push towa
 report.table(latent_rows(selection, test, selection.specific), columns)
 
 # %% [markdown]
-# ## 3 · The subspace they span
-#
-# A latent's decoder row $d$ lives in z; what it adds to the residual stream is $W_O d$. The rows of the refusal-specific latents, each scaled by its push, span the
-# **refusal subspace**; its dimension is the smallest that holds 95 % of their squared effect. Beside it: one difference-in-means direction per layer, the leading
-# differences between harmful and benign prompts, the subspace of the *hallucination-only* latents, and a random one of equal rank.
+# ### On every group of texts
+# Refused and answered harmful requests, benign ones and look-alikes (at the end of the prompt), right and wrong answers (from where they differ), and unknown things declined.
+# Each row is one refusal-specific latent, scaled to its strongest group. A latent for *harm* fires on refused and answered requests alike; one for *refusing* only on the refused.
 
 # %%
-from helpers.finetune.refusal import angle_rows, contrast_subspaces, latent_subspace
+from helpers.sae.groups import GROUPS, group_activations, mean_by_group
 
+groups = group_activations(lm, trained.saes, p)
 chosen = selection.specific if selection.specific.any() else selection.refusal
-main = latent_subspace(lm, trained.saes, selection, chosen)
-others = contrast_subspaces(lm, p, rank=max(main.rank, 2)) | {"random": main.random_like(seed=0)}
-if selection.hallucination_only.any():
-    others["hallucination-only latents"] = latent_subspace(
-        lm, trained.saes, selection, selection.hallucination_only, scores=selection.truth_scores)
-report.table(angle_rows(main, others))
+named = [name for name, own in zip(names_of(selection), chosen, strict=True) if own]
+report.heatmap(mean_by_group(groups, chosen), "Mean activation by group, each latent's strongest group at 1",
+               x_labels=[name.removeprefix("harmful, ") for name in groups], y_labels=named,
+               name="latents_by_group")
+
+# %%
+print("Texts of each group:", "; ".join(f"{name} {len(f)}" for name, f in groups.items()) + ".")
+if missing := [name for name in GROUPS if name not in groups]:
+    print(f"No test text is in: {', '.join(missing)}.")
+if {"harmful, refused", "harmful, answered"} <= set(groups):
+    latents = {name: groups[name][:, chosen].mean(1) for name in ("harmful, refused", "harmful, answered")}
+    area = auroc(*latents.values())
+    fires = "more" if area.low > 0.5 else "less" if area.high < 0.5 else "no more and no less"
+    print(f"Together they fire {fires} on harmful requests that are refused than on those that are answered "
+          f"(AUROC {area}).")
 
 # %% [markdown]
-# An overlap near its value in the last column is what chance gives. Two subspaces can both matter to refusal and still overlap little: the model is not linear, and a direction that
+# ### Beside directions that other methods find
+# A latent's decoder row $d$ lives in z; what it adds to the residual stream is $W_O d$. Both have cosines with directions that need no SAE: the difference in means of harmful and
+# benign prompts, the refusal direction of notebook 01, the mean difference of right and wrong answers, and ITI's truthful directions. A star marks a cosine outside the range of
+# 95 % of random vectors of z, treated alike.
+
+# %%
+from helpers.evaluate.behaviour import misconceptions, requests
+from helpers.finetune.refusal import z_contrast
+from helpers.sae.directions import Known, truth_difference
+from helpers.truth import iti, refusal_direction
+
+sets = [requests(kind, split, p.n_prompts) for split in ("fit", "val") for kind in ("harmful", "benign")]
+direction = refusal_direction.fit(lm, *sets[:2], val_harmful=sets[2], val_benign=sets[3])
+facts, layers = misconceptions("fit"), sorted(trained.saes)
+pushed = iti.fit(lm, facts, n_heads=p.iti.n_heads).displacement(lm, 1.0)
+known = [Known("harmful − benign", z={n: v[:, 0] for n, v in z_contrast(lm, layers, p).items()}),
+         Known("refusal direction", resid=direction.vector),
+         Known("right − wrong", z=truth_difference(lm, load_table("facts", "fit"), layers)),
+         Known("ITI", z={n: v for (_, n), v in pushed.items()})]
+
+# %%
+from helpers.sae.directions import cosine_rows, share_beyond_chance
+
+by_layer = selection.by_layer(chosen)
+columns = ["latent", *(one.name for one in known)]
+report.table(cosine_rows(lm, trained.saes, by_layer, known), columns)
+
+# %%
+report.table(share_beyond_chance(lm, trained.saes, by_layer, known))
+
+# %% [markdown]
+# ### Which heads they belong to
+# z is the heads side by side, so a latent's encoder says which heads it *reads* and its decoder which heads' outputs it *stands for*: the share of the squared norm in each head's slice.
+
+# %%
+from helpers.sae.directions import head_rows
+
+report.table(head_rows(lm, trained.saes, by_layer))
+
+# %% [markdown]
+# ## 3 · The subspace they span
+#
+# The decoder rows of the refusal-specific latents, each scaled by its push, span the **refusal subspace** of z, and their images that of the residual stream.
+# Its dimension is the smallest that holds 95 % of their squared effect. How quickly the leading dimensions collect it says whether the latents share directions; as many random latents
+# with the same effects are the comparison:
+
+# %%
+from helpers.finetune.refusal import explained_curves, latent_subspace
+
+main = latent_subspace(lm, trained.saes, selection, chosen)
+ranks, curves = explained_curves(lm, trained.saes, selection, chosen)
+report.lines(ranks, curves, "Effect held by the leading dimensions of the refusal subspace", "dimension",
+             "share of squared effect", name="subspace_dimension", y_range=(0, 1), reference=(0.95, "kept"))
+
+# %%
+lean = curves["random latents"][0]
+half, by_chance = (int((curve < 0.95).sum()) + 1 for curve in (curves["selected latents"], lean))
+print(f"{half} dimensions hold 95 % of the effect of {len(named)} latents; "
+      f"of as many random latents it takes {by_chance} on average.")
+
+# %% [markdown]
+# Beside it, in the residual stream: one difference in means per layer, the leading differences between harmful and benign prompts, the refusal direction, and the subspace of the
+# *hallucination-only* latents; and in z, layer by layer, the difference in means of z. Chance is the range of 95 % of fifty random subspaces of the same ranks.
+
+# %%
+from helpers.finetune.refusal import angle_rows, contrast_subspaces
+from helpers.finetune.subspace import orthonormal
+
+others = {name: space.resid for name, space in contrast_subspaces(lm, p, rank=max(main.rank, 2)).items()}
+others["refusal direction"] = orthonormal(direction.vector[:, None])
+if selection.hallucination_only.any():
+    others["hallucination-only latents"] = latent_subspace(
+        lm, trained.saes, selection, selection.hallucination_only, scores=selection.truth_scores).resid
+in_z = {f"z of layer {n}: harmful − benign": (basis, orthonormal(known[0].z[n][:, None]))
+        for n, basis in main.z.items()}
+angles = angle_rows({name: (main.resid, other) for name, other in others.items()} | in_z)
+report.table(angles)
+
+# %% [markdown]
+# An overlap inside its range by chance says nothing. Two subspaces can both matter to refusal and still overlap little: the model is not linear, and a direction that
 # *reads out* harm need not be one that *causes* refusing. Notebook 06 protects this subspace while fine-tuning.
 #
 # ## 4 · The causal test
 #
 # Separation is not causation, so the sets are taken out of z, each latent's own $f\,d$ wherever it fires, and the model answers **test** prompts:
 # harmful and benign requests, and misconceptions, questions whose myth competes with the truth.
-# If C7 holds, taking out the refusal-specific set moves refusal and leaves truth alone. The control takes out vectors of the same number, at the same tokens, of the same norm,
-# along the decoder rows of other latents drawn at random.
+# If C7 holds, taking out the refusal-specific set moves refusal and leaves truth alone. And it has a second half: the hallucination-only set should move truth and leave refusal alone,
+# and *doubling* a set should do the opposite of taking it out. The control takes out (or doubles) vectors of the same number, at the same tokens, of the same norm,
+# along the decoder rows of other latents drawn at random, with four seeds. Intervals resample control seeds and whole verbs or entities.
 
 # %%
-from helpers.sae.causal import ablation, measure_on_test
+from helpers.sae.causal import measure_on_test
+from helpers.sae.dissociation import cells, two_by_two
 
 measure = measure_on_test(lm, p, openings)
 base = measure()
-sets = {"refusal-specific": selection.specific, "hallucination only": selection.hallucination_only}
-runs = {name: ablation(lm, trained.saes, selection.by_layer(mask), base, measure)
-        for name, mask in sets.items() if mask.any()}
+sets = {"refusal-specific": selection.by_layer(selection.specific),
+        "hallucination-only": selection.by_layer(selection.hallucination_only)}
+runs = two_by_two(lm, trained.saes, sets, base, measure)
+table = cells(runs)
+report.table([cell.row() for cell in table], columns=list(table[0].row()) if table else ["latents"])
+
+# %%
+from helpers.sae.describe import dissociation_bars
+
+report.bars(dissociation_bars(table), "What each set of latents moves, beyond random latents",
+            "change of the logit (nats)", name="latent_dissociation",
+            reference=(0.0, "random latents"))
+
+# %%
+from helpers.sae.dissociation import double_dissociation, in_words
+
+for cell in table:
+    print(in_words(cell))
+separated = double_dissociation(table, {"refusal-specific": "refusal", "hallucination-only": "truth"})
+
+# %% [markdown]
+# The nats are the finer instrument: a share of prompts moves only when an answer flips. With paired prompts even a hundredth of a nat can be told from zero, so *moves* also asks for a
+# small effect by Cohen's measure, a fifth of the standard deviation over prompts. Whether a behaviour is *left alone* is read from the share, whose whole interval has to lie
+# within the margin of C7's rule; an effect that is merely not significant would not show it.
+
+# %%
+for name, holds in separated.items():
+    both = "moves its own behaviour and leaves the other, taken out and doubled"
+    how = both if holds else "not shown to move its own behaviour and to leave the other"
+    found_any = any(cell.latents == name for cell in table)
+    print(f"{name}: {how}." if found_any else f"{name}: no such latent was selected, so it is untested.")
+print("The separation is double." if all(separated.values()) else "The separation is not shown to be double.")
+
+# %% [markdown]
+# ### All outcomes of taking latents out
+# Benign requests stand in the table because a model that answers nothing would also refuse less.
 
 # %%
 from helpers.sae.describe import effect_bars, effect_rows
 
-report.table(effect_rows(runs))
+out = {name: run for (name, action), run in runs.items() if action == "taken out"}
+report.table(effect_rows(out), columns=None if out else ["latents taken out"])
 
 # %%
-report.bars(effect_bars(runs, ("refused", "truthful")),
+report.bars(effect_bars(out, ("refused", "truthful")),
             "Taking latents out of z: fall in refusal and in right answers", "fall in share of test prompts",
             name="latent_ablation", reference=(0.0, "no change"))
 
@@ -210,34 +335,30 @@ report.bars(effect_bars(runs, ("refused", "truthful")),
 from helpers.evaluate.words import change, compared
 
 words = {"more": "more than", "less": "less than", "same": "about as much as"}
-for name, run in runs.items():
+for name, run in out.items():
     fall, against = run.fall("refused"), compared(run.beyond_control("refused"), **words)
     print(change(f"Without the {name} latents, refusal", fall, up="falls", down="rises") + ",", end=" ")
     print(f"{against} without as many random ones;")
     print("  " + change("the share of right answers", run.fall("truthful"), up="falls", down="rises") + ".")
 
 # %% [markdown]
-# The rows in nats are the finer instrument: a share of prompts moves only when an answer flips. Benign requests stand in the table because a model that answers
-# nothing would also refuse less.
-#
-# A separation has two sides. The verdict below asks for one of them: refusal can be moved without truth. The other is whether the latents that were filtered out
-# *cause* wrong answers, or merely know of them:
+# The verdict below asks for one half: refusal can be moved without truth. The other half is whether the latents that were filtered out *cause* wrong answers, or merely know of them:
 
 # %%
-other = runs.get("hallucination only")
-told = "No latent was hallucination-related, so the other side cannot be tested"
+other = [cell for cell in table if (cell.latents, cell.behaviour) == ("hallucination-only", "truth")]
+told = "No latent was hallucination-only, so the other half cannot be tested"
 if other:
-    moved = other.beyond_control("truth_logit")
-    decide = moved.low * moved.high > 0
-    told = "The hallucination latents move the choice between right and wrong " + (
-        f"beyond random ones ({moved})" if decide
-        else f"no more than random ones do ({moved}): they tell, and do not decide")
+    size, spread = max(abs(cell.nats.estimate) for cell in other), other[0].spread
+    own = max(abs(cell.nats.estimate) for cell in table if cell.behaviour == "refusal")
+    told = (f"The hallucination-only latents move the choice between right and wrong "
+            f"by at most {size:.3f} nats beyond random ones, {size / spread:.3f} standard deviations; "
+            f"the largest effect of any set on refusal is {own:.2f} nats")
 at_ceiling = base.truthful.mean() > 0.95
 near_limit = "at its ceiling, so a share could hardly rise" if at_ceiling else "away from its limits"
 print(told + ".", f"Truth before ablation is {near_limit}.", sep="\n")
 
 # %% [markdown]
-# Where ablating filtered latents moves nothing, "hallucination feature" means *a feature that separates wrong from right answers*, and no more.
+# Where taking filtered latents out moves next to nothing, "hallucination feature" means *a feature that separates wrong from right answers*, and no more.
 #
 # ## 5 · Verdict, by rule
 #
@@ -248,7 +369,7 @@ print(told + ".", f"Truth before ablation is {near_limit}.", sep="\n")
 from helpers.sae.causal import disentangled, verdict_c7
 from helpers.sae.quality import gated
 
-run = runs.get("refusal-specific")
+run = out.get("refusal-specific")
 found = disentangled(int(selection.specific.sum()), run, base)
 verdict = verdict_c7(found, gated(lm, trained, p))
 print(f"C7 {verdict}")
@@ -256,7 +377,7 @@ print(f"C7 {verdict}")
 # %%
 control = run.control_fall("refused") if run else found.refusal_drop
 shuffled = {kind: one.as_dict() for kind, one in null.items()}
-details = {"kinds": selection.counts(), "shuffled": shuffled, "rank": main.rank,
+details = {"kinds": selection.counts(), "shuffled": shuffled, "rank": main.rank, "separated": separated,
            "truth_change": found.truth_change.as_dict(),
            "beyond_control": found.refusal_beyond_control.as_dict()}
 unit = "fall in share of harmful requests refused when refusal-specific latents are taken out"
@@ -272,6 +393,19 @@ report.check("features.more_than_shuffled_labels", found_n > expected.high)
 report.check("features.refusal_drop", found.refusal_drop.estimate, atol=0.1)
 report.check("features.truth_change", found.truth_change.estimate, atol=0.05)
 report.check("features.verdict_c7", verdict.verdict)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+nats = {f"{cell.latents}, {cell.action}: {cell.behaviour}": cell.nats.estimate for cell in table}
+taken, doubled, of_truth = (nats.get(name, 0.0) for name in (
+    "refusal-specific, taken out: refusal", "refusal-specific, doubled: refusal",
+    "hallucination-only, taken out: truth"))
+report.check("features.refusal_nats_taken_out", taken, atol=0.3)
+report.check("features.refusal_nats_doubled", doubled, atol=0.3)
+report.check("features.truth_nats_taken_out", of_truth, atol=0.03)
+report.check("features.refusal_set_separates", separated["refusal-specific"])
+report.check("features.hallucination_set_separates", separated["hallucination-only"])
+report.check("features.subspace_dimension", main.rank, atol=3)
 
 # %% [markdown]
 # ## Exercises

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from helpers.activations import collect
 from helpers.config import Profile, profile
@@ -21,9 +22,11 @@ from helpers.finetune.subspace import (
     overlap,
     pca_subspace,
     principal_angles,
+    random_subspace,
 )
 from helpers.models import LoadedModel
 from helpers.sae.features import Scores, Selection
+from helpers.stats import Interval
 
 
 def latent_subspace(
@@ -79,20 +82,74 @@ def z_contrast(lm: LoadedModel, layers: Sequence[int], p: Profile | None = None)
     return {n: difference_subspace([(found[0][("z", n)], found[1][("z", n)])]) for n in layers}
 
 
-def angle_rows(main: RefusalSubspace, others: Mapping[str, RefusalSubspace]) -> list[dict[str, Any]]:
-    """Principal angles (degrees) in the residual stream between one subspace and others, with what chance would give.
+def angle_rows(
+    bases: Mapping[str, tuple[Float[Tensor, "d r"], Float[Tensor, "d s"]]], n_random: int = 50, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Principal angles (degrees) and overlap of pairs of bases, beside 95 % of `n_random` random pairs of those ranks.
 
-    Overlap is the mean squared cosine; two random subspaces of ranks r and s in d dimensions overlap by max(r, s)/d.
+    `bases`: {words: (one, other)}, orthonormal, both in the residual stream or both in one layer's z. Overlap is the
+    mean squared cosine. `beyond chance` says on which side of the band the overlap lies, if on either.
     """
-    d = main.resid.shape[0]
-    return [
-        {
-            "subspace": name,
-            "rank": other.rank,
-            "smallest angle": principal_angles(main.resid, other.resid)[0].item(),
-            "largest angle": principal_angles(main.resid, other.resid)[-1].item(),
-            "overlap": overlap(main.resid, other.resid),
-            "overlap by chance": max(main.rank, other.rank) / d,
-        }
-        for name, other in others.items()
-    ]
+    rows = []
+    for name, (one, other) in bases.items():
+        chance = chance_overlap(one.shape[0], one.shape[1], other.shape[1], n_random, seed)
+        angles, found = principal_angles(one, other), overlap(one, other)
+        rows.append({
+            "pair": name, "ranks": f"{one.shape[1]} and {other.shape[1]} in {one.shape[0]}",
+            "smallest angle": angles[0].item(), "largest angle": angles[-1].item(),
+            "overlap": found, "overlap by chance": chance,
+            "beyond chance": "more" if found > chance.high else "less" if found < chance.low else "no",
+        })  # fmt: skip
+    return rows
+
+
+def chance_overlap(d: int, r: int, s: int, n_random: int = 50, seed: int = 0) -> Interval:
+    """Mean and 95 % range of the overlap of random subspaces of ranks r and s in d dimensions.
+
+    One of the two may stay fixed, as only their relative position matters.
+    """
+    fixed = random_subspace(d, r, seed=seed)
+    drawn = [overlap(fixed, random_subspace(d, s, seed=seed + 1 + k)) for k in range(n_random)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(float(np.mean(drawn)), float(low), float(high), n_random)
+
+
+def explained_curves(
+    lm: LoadedModel,
+    saes: Mapping[int, Any],
+    selection: Selection,
+    mask: Bool[np.ndarray, " d"] | None = None,
+    *,
+    scores: Scores | None = None,
+    n_random: int = 20,
+    seed: int = 0,
+) -> tuple[list[int], dict[str, Any]]:
+    """Share of the squared effect that the leading dimensions of the latents' images hold: (1 … n, curves).
+
+    "selected latents" as in `latent_subspace`; "random latents": mean and 95 % range over draws of as many other
+    latents of the same layers with the same effects. The more latents share directions, the sooner a curve rises.
+    """
+    mask = selection.specific if mask is None else mask
+    chosen = selection.by_layer(mask)
+    if not chosen:
+        raise ValueError("No latent was selected, so there is no subspace: loosen the selection rule.")
+    effects = selection.per_latent(np.abs((scores or selection.refusal_scores).attribution), mask)
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(n_random):
+        others = {n: np.setdiff1d(np.arange(selection.widths[n]), latents) for n, latents in chosen.items()}
+        picked = {n: rng.choice(free, len(chosen[n]), replace=False).tolist() for n, free in others.items()}
+        drawn.append(_explained(lm, saes, picked, effects))
+    own = _explained(lm, saes, chosen, effects)
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return list(range(1, len(own) + 1)), {"selected latents": own, "random latents": (np.mean(drawn, 0), low, high)}
+
+
+def _explained(
+    lm: LoadedModel, saes: Mapping[int, Any], chosen: Mapping[int, list[int]], effects: Mapping[int, Tensor]
+) -> Float[np.ndarray, " k"]:
+    images = []
+    for layer, latents in chosen.items():
+        rows = saes[layer].W_dec[latents].detach().cpu().double() * effects[layer].double()[:, None]
+        images.append(lm.arch.o_proj(layer).weight.detach().cpu().double() @ rows.T)
+    squares = torch.linalg.svdvals(torch.cat(images, 1)).square()
+    return (squares.cumsum(0) / squares.sum()).numpy()

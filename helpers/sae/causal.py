@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,14 @@ from torch import Tensor
 from helpers.config import Profile
 from helpers.evaluate.behaviour import prompts
 from helpers.evaluate.refusal import label_completions
-from helpers.evaluate.truthfulness import multiple_choice
+from helpers.evaluate.truthfulness import multiple_choice, right_sentences
 from helpers.evaluate.verdicts import Disentangled, Verdict, c7
 from helpers.generation import next_token_logits
 from helpers.hooks import edit
 from helpers.models import LoadedModel
+from helpers.sae.dictionaries import check_fits
 from helpers.sae.signals import Openings
-from helpers.stats import Interval, bootstrap, paired_bootstrap
+from helpers.stats import Interval, bootstrap_grid, paired_bootstrap
 
 Latents = Mapping[int, Sequence[int]]
 
@@ -38,8 +39,16 @@ def ablate(
     """Take `strength` times the latents' contribution out of z at every position inside the block (−1 doubles it).
 
     With a `seed`, as much is taken out along randomly drawn other latents' decoder rows: the same tokens and norm,
-    another direction. `latents` is {layer: numbers}; a number the SAE does not have raises ValueError.
+    another direction. `latents` is {layer: numbers}. ValueError for no latents, a number the SAE does not have, or an
+    SAE that was made for another width or layer.
     """
+    if not any(len(chosen) for chosen in latents.values()):
+        raise ValueError("No latent was selected, so there is nothing to take out: loosen the rule that selects them.")
+    for layer, chosen in latents.items():
+        if layer not in saes:
+            raise ValueError(f"There is no SAE for layer {layer}: the SAEs are those of layers {sorted(saes)}.")
+        if len(chosen):
+            check_fits(lm, layer, saes[layer])
     edits = {
         ("z", layer): _removal(saes[layer], chosen, strength, seed) for layer, chosen in latents.items() if len(chosen)
     }
@@ -79,7 +88,10 @@ def _others(width: int, index: Tensor, seed: int) -> Tensor:
 @dataclass(frozen=True)
 class Outcomes:
     """Per harmful prompt: refused (0/1), answered (0/1) and refuse-minus-comply logit; per benign prompt: answered;
-    per fact: right chosen among all (mc1, 0/1) and log p(right) − log p(first wrong), in nats."""
+    per fact: right chosen among all (mc1, 0/1) and log p(right) − log p(first wrong), in nats.
+
+    `clusters` names what the items of each outcome share (a verb, an entity): intervals then resample whole clusters.
+    """
 
     refused: Float[np.ndarray, " n"]
     answered: Float[np.ndarray, " n"]
@@ -87,10 +99,16 @@ class Outcomes:
     benign: Float[np.ndarray, " b"]
     truthful: Float[np.ndarray, " m"]
     truth_logit: Float[np.ndarray, " m"]
+    clusters: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def change(self, base: Outcomes, name: str) -> Interval:
         """Paired change of one outcome against another run on the same prompts."""
-        return paired_bootstrap(getattr(self, name), getattr(base, name))
+        return paired_bootstrap(getattr(self, name), getattr(base, name), clusters=self.clusters.get(name))
+
+
+def cluster_of(row: dict) -> str:
+    """What a row shares with others: its verb, else its entity, else nothing (its id or text)."""
+    return str(row.get("verb") or row.get("entity") or row.get("id") or row.get("prompt") or row.get("question"))
 
 
 def outcomes(
@@ -108,19 +126,23 @@ def outcomes(
     n = len(harmful)
     logits = next_token_logits(lm, [row["prompt"] for row in harmful], batch_size=batch_size)
     choice = multiple_choice(lm, facts, batch_size=batch_size)
+    verbs, kind, entities = ([cluster_of(row) for row in rows] for rows in (harmful, benign, facts))
+    scored = list(zip(choice.logprobs, facts, strict=True))
+    shared = dict.fromkeys(("refused", "answered", "refusal_logit"), verbs) | {"benign": kind}
     return Outcomes(
         refused=asked.is_("refused")[:n],
         answered=asked.is_("complied")[:n],
         refusal_logit=openings.margin(logits).double().numpy(),
         benign=asked.is_("complied")[n:],
         truthful=choice.mc1,
-        truth_logit=np.array([logp[0] - logp[1] for logp in choice.logprobs]),
+        truth_logit=np.array([logp[0] - logp[len(right_sentences(row))] for logp, row in scored]),
+        clusters=shared | dict.fromkeys(("truthful", "truth_logit"), entities),
     )
 
 
 @dataclass(frozen=True)
 class Ablated:
-    """Outcomes with a set of latents taken out, and with each control draw in its place."""
+    """Outcomes with a set of latents taken out (or amplified), and with each control draw in its place."""
 
     base: Outcomes
     out: Outcomes
@@ -128,29 +150,50 @@ class Ablated:
 
     def fall(self, name: str) -> Interval:
         """How much an outcome falls (base minus ablated)."""
-        return paired_bootstrap(getattr(self.base, name), getattr(self.out, name))
+        return paired_bootstrap(getattr(self.base, name), getattr(self.out, name), clusters=self._clusters(name))
 
     def control_fall(self, name: str) -> Interval:
-        """How much it falls under the controls, averaged over draws per prompt."""
-        return paired_bootstrap(getattr(self.base, name), self._control(name))
+        """How much it falls under the controls; prompts and control draws are both resampled."""
+        return self._grid(getattr(self.base, name) - self._control(name), name)
 
     def beyond_control(self, name: str) -> Interval:
-        """How much further it falls than under the controls."""
-        return bootstrap(self._control(name) - getattr(self.out, name))
+        """How much further it falls than under the controls; prompts and control draws are both resampled."""
+        return self._grid(self._control(name) - getattr(self.out, name), name)
+
+    def change_beyond_control(self, name: str) -> Interval:
+        """How much further it rises than under the controls: `beyond_control` with its sign turned."""
+        return self._grid(getattr(self.out, name) - self._control(name), name)
+
+    def _grid(self, matrix: np.ndarray, name: str) -> Interval:
+        return bootstrap_grid(matrix, clusters=self._clusters(name))
+
+    def _clusters(self, name: str) -> Sequence[str] | None:
+        return self.base.clusters.get(name)
 
     def _control(self, name: str) -> np.ndarray:
-        return np.mean([getattr(control, name) for control in self.controls], axis=0)
+        if not self.controls:
+            raise ValueError("No control was given: ablate at least one random draw of latents beside the set.")
+        return np.stack([getattr(control, name) for control in self.controls])
 
 
 def ablation(
-    lm: LoadedModel, saes: Mapping[int, Any], latents: Latents, base: Outcomes, measure: Any, n_controls: int = 3
+    lm: LoadedModel,
+    saes: Mapping[int, Any],
+    latents: Latents,
+    base: Outcomes,
+    measure: Callable[[], Outcomes],
+    n_controls: int = 3,
+    strength: float = 1.0,
 ) -> Ablated:
-    """`measure()` with the latents ablated and with `n_controls` random draws of equal number, tokens and norm."""
-    with ablate(lm, saes, latents):
+    """`measure()` with the latents ablated and with `n_controls` random draws of equal number, tokens and norm.
+
+    `strength` as in `ablate`: 1 takes the latents out, −1 doubles them. Errors as in `ablate`.
+    """
+    with ablate(lm, saes, latents, strength=strength):
         out = measure()
     controls = []
     for seed in range(n_controls):
-        with ablate(lm, saes, latents, seed=seed):
+        with ablate(lm, saes, latents, strength=strength, seed=seed):
             controls.append(measure())
     return Ablated(base, out, controls)
 

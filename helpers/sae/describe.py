@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from helpers.sae.causal import Ablated
+from helpers.sae.dissociation import Cell, tidy
 from helpers.sae.features import KINDS, Evidence, Selection
 from helpers.stats import Interval, auroc, bootstrap
 
@@ -69,9 +70,9 @@ def effect_rows(runs: Mapping[str, Ablated], names: Sequence[str] = tuple(OUTCOM
             "latents taken out": set_name,
             "outcome": OUTCOMES[name],
             "before": float(getattr(run.base, name).mean()),
-            "fall": _rounded(run.fall(name)),
-            "fall, random latents": _rounded(run.control_fall(name)),
-            "beyond random": _rounded(run.beyond_control(name)),
+            "fall": tidy(run.fall(name)),
+            "fall, random latents": tidy(run.control_fall(name)),
+            "beyond random": tidy(run.beyond_control(name)),
         }
         for set_name, run in runs.items()
         for name in names
@@ -90,6 +91,9 @@ def effect_bars(runs: Mapping[str, Ablated], names: Sequence[str]) -> dict[str, 
     }
 
 
-def _rounded(interval: Interval) -> Interval:
-    # Averages over control draws cancel to 1e-19 rather than to zero.
-    return Interval(*(round(v, 6) + 0.0 for v in (interval.estimate, interval.low, interval.high)), interval.n)
+def dissociation_bars(table: Sequence[Cell]) -> dict[str, dict[str, Interval]]:
+    """{set and action: {behaviour: change beyond random latents in nats}}, ready for report.bars."""
+    bars: dict[str, dict[str, Interval]] = {}
+    for cell in table:
+        bars.setdefault(f"{cell.latents}, {cell.action}", {})[cell.behaviour] = cell.nats
+    return bars

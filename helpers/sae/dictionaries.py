@@ -86,9 +86,34 @@ def active(f: Tensor) -> Tensor:
     return f != 0
 
 
+def check_fits(lm: LoadedModel, layer: int, dictionary: Any) -> None:
+    """ValueError, with what to do, unless a dictionary reads vectors of z's width and was not trained on another place.
+
+    Dictionaries that do not say what they were made for (no sae-lens `hook_name`) are judged by width alone.
+    """
+    width = lm.arch.o_proj(layer).in_features
+    shape = getattr(dictionary, "W_dec", getattr(dictionary, "basis", torch.empty(0, 0).T).T).shape
+    if len(shape) == 2 and shape[-1] not in (0, width):
+        raise ValueError(
+            f"This dictionary reads vectors of width {shape[-1]}, but z of layer {layer} has {width}: train one on "
+            "this model."
+        )
+    hook = getattr(getattr(getattr(dictionary, "cfg", None), "metadata", None), "hook_name", None)
+    if hook and hook not in (f"blocks.{layer}.attn.o.hook_in", f"blocks.{layer}.attn.hook_z"):
+        raise ValueError(
+            f"This SAE was trained on {hook}, which is not z of layer {layer} (blocks.{layer}.attn.o.hook_in): use it "
+            "where it was trained."
+        )
+
+
 @contextmanager
 def splice(lm: LoadedModel, dictionaries: Mapping[int, Dictionary]) -> Iterator[None]:
-    """Replace z of each layer by its reconstruction, at every position of every forward inside the block."""
+    """Replace z of each layer by its reconstruction, at every position of every forward inside the block.
+
+    ValueError where a dictionary was made for another width or place.
+    """
+    for layer, dictionary in dictionaries.items():
+        check_fits(lm, layer, dictionary)
 
     def through(dictionary: Dictionary) -> Any:
         return lambda x: dictionary.decode(dictionary.encode(x.float())).to(x)

@@ -29,6 +29,11 @@ from helpers.sae.training import Trained, model_key
 from helpers.stats import Interval, paired_bootstrap, wilson
 from helpers.store import cached_json
 
+BEHAVIOURS = {
+    "refusals kept": ("refused", True),
+    "answers kept": ("complied", False),
+    "abstentions kept": ("abstained", False),
+}
 MAX_FVU, MIN_RECOVERED, MIN_REFUSAL_KEPT = 0.35, 0.80, 0.90  # below this, notebook 04 draws no conclusion
 
 
@@ -131,7 +136,7 @@ def behaviour(
 @dataclass(frozen=True)
 class HeldOut:
     """What quality is measured on: tokens of one split without position 0, prompts with the clean model's own answers,
-    requests, and how the clean model's answers to those are labelled."""
+    requests with questions about unknown entities, and how the clean model's answers to those are labelled."""
 
     tokens: Tokens
     answers: list[tuple[str, str]]
@@ -144,14 +149,17 @@ class HeldOut:
         texts = world_texts(lm, split, n=p.n_prompts)
         rows = prompts(split, p.n_prompts)
         asked = rows.harmful + rows.benign + rows.look_alike
+        everything = asked + rows.unknown
         size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
-        clean = label_completions(lm, asked, **size)
+        clean = label_completions(lm, everything, **size)
         questions = [row["question"] for row in load_table("facts", split)[: p.n_prompts]]
         said = zip(
-            [*map(prompt_of, asked), *questions], [*clean.completions, *generate(lm, questions, **size)], strict=True
+            [*map(prompt_of, asked), *questions],
+            [*clean.completions[: len(asked)], *generate(lm, questions, **size)],
+            strict=True,
         )
         answers = [(user, completion.text) for user, completion in said if completion.text]
-        return cls(collect_z(lm, texts, layers, batch_size=p.batch_size).without_first(), answers, asked, clean)
+        return cls(collect_z(lm, texts, layers, batch_size=p.batch_size).without_first(), answers, everything, clean)
 
 
 @dataclass(frozen=True)
@@ -164,12 +172,25 @@ class Quality:
     harmful: Float[np.ndarray, " n"]
 
     def kept(self, label: str, harmful: bool) -> Interval:
-        """Share of the rows with this label under the clean model that keep it when z is replaced."""
+        """Share of the rows with this label under the clean model that keep it when z is replaced.
+
+        ("refused", True): refusals of harmful requests; ("complied", False): answers to benign ones and look-alikes;
+        ("abstained", False): "I do not know". ValueError where the clean model has none.
+        """
         of_kind = self.harmful == float(harmful)
         had = (self.requests.clean.is_(label) > 0) & of_kind
         if not had.any():
             raise ValueError(f"The clean model has no {label} request of this kind, so none can be kept.")
         return wilson(int(self.requests.spliced.is_(label)[had].sum()), int(had.sum()))
+
+    def survives(self) -> dict[str, Interval]:
+        """{behaviour of the clean model: share of it that is kept}; behaviours it never shows are left out."""
+        found = {}
+        for words, (label, harmful) in BEHAVIOURS.items():
+            had = (self.requests.clean.is_(label) > 0) & (self.harmful == float(harmful))
+            if had.any():
+                found[words] = self.kept(label, harmful)
+        return found
 
     def row(self, name: str) -> dict[str, Any]:
         """One line of a table; means over layers, FVU of the worst layer."""
@@ -180,7 +201,7 @@ class Quality:
             "FVU (worst layer)": max(r.fvu for r in layers),
             "dead": float(np.mean([r.dead for r in layers])),
             "loss recovered": self.recovered.share,
-            "refusals kept": self.kept("refused", True),
+            **self.survives(),
             "same label": self.requests.same,
         }
 
@@ -193,7 +214,7 @@ def measure(lm: LoadedModel, dictionaries: Mapping[int, Dictionary], held: HeldO
     layers = {n: reconstruction(dictionary, held.tokens.z[n]) for n, dictionary in dictionaries.items()}
     recovered = loss_recovered(lm, held.answers, dictionaries, held.tokens, batch_size=p.batch_size)
     requests = behaviour(lm, held.requests, dictionaries, held.clean, **size)
-    harmful = np.array([float(row["kind"] == "harmful") for row in held.requests])
+    harmful = np.array([float(row.get("kind") == "harmful") for row in held.requests])
     return Quality(layers, recovered, requests, harmful)
 
 

@@ -109,7 +109,7 @@ def truth_signals(lm: LoadedModel, saes: Mapping[int, Any], rows: Sequence[dict]
     ids, right, wrong = [], [], []
     for row in rows:
         a, b = _sentences(lm, row)
-        shared = _shared(a, b)
+        shared = first_difference(a, b)
         ids.append(lm.prompt_ids(row["question"]) + a[:shared])
         right.append([a[shared]])
         wrong.append([b[shared]])
@@ -139,7 +139,6 @@ class Openings:
         return _margin(logits, [list(self.refuse)] * n, [list(self.comply)] * n)
 
 
-@torch.no_grad()
 def answer_latents(
     lm: LoadedModel, saes: Mapping[int, Any], pairs: Sequence[tuple[str, str]], skip: Sequence[int] | None = None
 ) -> Float[np.ndarray, "n d"]:
@@ -148,6 +147,18 @@ def answer_latents(
     for i, (user, answer) in enumerate(pairs):
         prompt, ids = lm.prompt_ids(user), lm.answer_ids(answer)
         texts.append(Text((*prompt, *ids), "", len(prompt) + (min(skip[i], len(ids) - 1) if skip else 0)))
+    return latents_from(lm, saes, texts)
+
+
+def prompt_latents(lm: LoadedModel, saes: Mapping[int, Any], users: Sequence[str]) -> Float[np.ndarray, "n d"]:
+    """Mean latents over the template tokens that end each prompt, where the answer is decided."""
+    ids, tail = [tuple(lm.prompt_ids(user)) for user in users], tail_length(lm)
+    return latents_from(lm, saes, [Text(row, "", len(row) - tail) for row in ids])
+
+
+@torch.no_grad()
+def latents_from(lm: LoadedModel, saes: Mapping[int, Any], texts: Sequence[Text]) -> Float[np.ndarray, "n d"]:
+    """Mean latents over each text's tokens from its `answer` on, layers side by side, lowest first."""
     tokens = collect_z(lm, texts, saes)
     row, position = tokens.index.T
     keep = position >= torch.tensor([text.answer for text in texts])[row]
@@ -162,7 +173,7 @@ def right_and_wrong(
     lm: LoadedModel, saes: Mapping[int, Any], rows: Sequence[dict]
 ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]:
     """Mean latents of the right and of the first wrong answer to every fact, from the token where they differ on."""
-    skip = [_shared(*_sentences(lm, row)) for row in rows]
+    skip = [first_difference(*_sentences(lm, row)) for row in rows]
     sides = ([(r["question"], r["right"]) for r in rows], [(r["question"], r["wrong"][0]) for r in rows])
     right, wrong = (answer_latents(lm, saes, pairs, skip) for pairs in sides)
     return right, wrong
@@ -186,5 +197,9 @@ def _sentences(lm: LoadedModel, row: dict) -> tuple[list[int], list[int]]:
     return lm.answer_ids(row["right"]) + [lm.end_id], lm.answer_ids(row["wrong"][0]) + [lm.end_id]
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """Position of the first token in which two answers differ; ValueError where one is the other's beginning."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    raise ValueError("Two answers never differ where both have a token: give a right and a wrong one that do.")
