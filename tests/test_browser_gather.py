@@ -10,7 +10,9 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAECon
 from sae_lens.saes.sae import SAEMetadata
 
 from helpers.browser import FeatureBrowser, browse
-from helpers.browser.gather import find_site, gather, moved_tokens
+from helpers.browser.directions import moved_tokens
+from helpers.browser.gather import gather
+from helpers.browser.stack import find_site
 from helpers.browser.tokens import token_texts
 from helpers.browser.widget import WIDGET_MIME
 from helpers.hooks import capture

@@ -123,7 +123,7 @@ def test_focus_can_be_seen_on_everything_that_takes_it(open_page, planted):
     page = open_page(planted).page
     page.wait_for_selector(".fb-canvas .fb-row")
     seen = set()
-    for _ in range(14):
+    for _ in range(40):
         page.keyboard.press("Tab")
         outline = page.evaluate(
             """() => { const node = document.activeElement;

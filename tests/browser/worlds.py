@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from helpers.browser.state import BrowserState, Contrast, build_state
+from helpers.browser.build import build_state
+from helpers.browser.state import BrowserState, Contrast
 
 HOSTILE = [
     "<img src=x onerror=\"window.hacked='img'\">",
