@@ -186,4 +186,4 @@ def test_an_sae_that_does_not_say_where_it_reads_is_refused_in_one_sentence():
 
 def test_a_folder_without_an_sae_is_refused_in_one_sentence(tiny_llama, tmp_path):
     with pytest.raises(FileNotFoundError, match="no SAE"):
-        browse(tiny_llama, tmp_path, ["x"])
+        gather(tiny_llama, tmp_path, ["x"])

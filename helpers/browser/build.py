@@ -30,7 +30,7 @@ def build_state(
     scores: Float[Tensor, "rows d_sae"] | None = None,
     score_note: str = "largest activation in the text",
     labels: Mapping[str, Sequence[bool]] | None = None,
-    effects: Mapping[str, Sequence[float]] | None = None,
+    effects: Mapping[str, Any] | None = None,
     promoted: Sequence[Mapping[str, Any]] | None = None,
     names: Sequence[str] | None = None,
     title: str = "Feature browser",
@@ -150,7 +150,7 @@ def _columns(acts, pages: Pages, names, contrasts, threshold, labels) -> dict[st
     }
 
 
-def _effect(name: str, values: Sequence[float], width: int) -> list[float]:
+def _effect(name: str, values: Any, width: int) -> list[float]:
     found = np.asarray(values, dtype=np.float64)
     if found.shape != (width,) or not np.isfinite(found).all():
         raise ValueError(f"The effect {name!r} needs one finite number for each of the {width} latents.")

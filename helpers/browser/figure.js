@@ -1,12 +1,12 @@
 // Figures for papers: SVG made element by element, so that every text in it is text. Light colours, whatever the theme.
 
-import { number, percent, rate, visible } from "./text.js";
+import { number, percent, rate, running, visible } from "./text.js";
 import { kindOf } from "./latents.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const INK = { positive: [230, 97, 1], negative: [33, 118, 200], neutral: [110, 119, 129], ink: "#1b1f24", faint: "#59636e" };
 export const KIND_INK = { 1: INK.positive, 2: INK.negative, many: [110, 60, 160], 0: INK.neutral, dead: INK.neutral };
-const rgb = (colour, alpha = 1) => `rgb(${colour.join(" ")} / ${alpha.toFixed(3)})`;
+const paint = (colour, alpha) => ({ fill: `rgb(${colour.join(",")})`, "fill-opacity": alpha.toFixed(3) });
 
 /** An SVG element with attributes and text. */
 export function s(tag, attributes = {}, ...children) {
@@ -16,13 +16,13 @@ export function s(tag, attributes = {}, ...children) {
   return node;
 }
 
-/** A text as a reader sees it, with control characters named: XML cannot hold them. */
-export const plainText = (text) => visible(text).map((part) => (typeof part === "string" ? part : part.textContent))
-  .join("").replace(/[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\u{10000}-\u{10ffff}]/gu, "\ufffd");
+/** Drawn parts of a text as one string; what XML cannot hold is replaced. */
+const joined = (parts) => parts.map((part) => (typeof part === "string" ? part : part.textContent)).join("")
+  .replace(/[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\u{10000}-\u{10ffff}]/gu, "\ufffd");
 
-const label = (x, y, text, more = {}) => s("text", { x, y, fill: INK.ink, ...more }, plainText(text));
+const label = (x, y, text, more = {}) => s("text", { x, y, fill: INK.ink, ...more }, joined(running(text)));
 const frame = (width, height, title, ...children) => s("svg", { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}`,
-  "font-family": "sans-serif", "font-size": 12, role: "img" }, s("title", {}, plainText(title)),
+  "font-family": "sans-serif", "font-size": 12, role: "img" }, s("title", {}, joined(running(title))),
 s("rect", { width, height, fill: "#ffffff" }), ...children);
 
 /** The scatter as it stands: axes with names and ends, points coloured by kind, the open latent ringed. */
@@ -31,7 +31,7 @@ export function scatterFigure(hub, { x, y, points, ends }) {
   const at = (value, [low, high]) => (value - low) / (high - low || 1);
   const cx = (i) => left + width * at(x.value(i), ends.x), cy = (i) => top + height * (1 - at(y.value(i), ends.y));
   const dot = (i) => s("circle", { cx: cx(i).toFixed(1), cy: cy(i).toFixed(1), r: 2.6,
-    fill: rgb(KIND_INK[kindOf(hub.state, i)?.key] || INK.neutral, 0.75) });
+    ...paint(KIND_INK[kindOf(hub.state, i)?.key] || INK.neutral, 0.75) });
   const current = hub.view.current;
   const ring = points.includes(current) ? [s("circle", { cx: cx(current), cy: cy(current), r: 6, fill: "none", stroke: INK.ink,
     "stroke-width": 1.5 }), label(cx(current) + 8, cy(current) + 4, hub.state.latents.name[current])] : [];
@@ -59,11 +59,11 @@ export function pageFigure(hub, lines, i) {
     let x = 12;
     y += 18;
     for (const { text, value } of shown) {
-      const drawn = plainText(text), width = 7.3 * [...drawn].length;
+      const drawn = joined(visible(text)), width = 7.3 * [...drawn].length;
       if (x + width > 708) [x, y] = [12, y + 20];
       const share = Math.min(1, Math.abs(value) / Math.abs(latents.max[i] || 1));
       if (value) put(s("rect", { x, y: y - 12, width, height: 16, rx: 2,
-        fill: rgb(value > 0 ? INK.positive : INK.negative, 0.12 + 0.55 * share) }));
+        ...paint(value > 0 ? INK.positive : INK.negative, 0.12 + 0.55 * share) }));
       put(s("text", { x, y, fill: INK.ink, "font-family": "monospace", textLength: Math.max(width, 1), "xml:space": "preserve" }, drawn));
       x += width;
     }

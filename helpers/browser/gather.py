@@ -42,7 +42,7 @@ def gather(
     acts, scores, unexplained = run(lm, stack, ids, [len(head) if answer else 0 for head, answer in parts], batch_size)
     text_of = token_texts(lm.tokenizer, sorted({token for row in ids for token in row}))
     where = ", ".join(dict.fromkeys(f"{reader.site} of layer {reader.layer}" for reader in stack))
-    explained = ", ".join(f"{100 * (1 - share):.0f} %" for share in unexplained)
+    explained = ", ".join(f"{max(0, 100 * (1 - share)):.0f} %" for share in unexplained)
     about = {"model": Path(lm.name).name, "site": where, "latents": acts.shape[1], "tokens": len(acts)}
     block = 1024 if acts.shape[1] <= options.get("eager", EAGER) else 1
     return build_state(

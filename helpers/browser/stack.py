@@ -26,7 +26,7 @@ HOOKS = {
     "mlp_out": r"(hook_mlp_out|mlp\.hook_out)",
 }
 MAX_BYTES = 4 << 30  # of activations in memory at once
-UNTRAINED = 0.6  # of the variance left unexplained: principal components of equal size leave far less
+UNTRAINED = 0.6  # of the variance left unexplained; an untrained dictionary of equal L0 leaves about two thirds [own]
 
 
 class Reader:
@@ -51,13 +51,14 @@ class Reader:
         return self.sae.W_dec
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """The latents of each vector, on the SAE's device."""
+        """The latents of each vector in float32, on the SAE's device."""
         x = x.to(self.sae.W_dec)
-        return self.sae.encode(x.unflatten(-1, (self.arch.n_heads, self.arch.d_head)) if self.by_head else x)
+        return self.sae.encode(x.unflatten(-1, (self.arch.n_heads, self.arch.d_head)) if self.by_head else x).float()
 
     def error(self, x: Float[Tensor, "n d_in"], f: Float[Tensor, "n d_sae"]) -> float:
         """Summed squared error of the reconstruction; encode x first (some SAEs normalise by their last input)."""
-        return (x.to(self.sae.W_dec) - self.sae.decode(f).reshape(x.shape)).double().square().sum().item()
+        again = self.sae.decode(f.to(self.sae.W_dec)).reshape(x.shape)
+        return (x.to(again) - again).float().square().sum().item()
 
 
 Stack = Sequence[Reader]
@@ -148,7 +149,7 @@ def run(
             x = cache[reader.site, reader.layer][real]
             parts.append(reader.encode(x))
             seen.add(x[later], reader)
-        features = torch.cat([part.float().cpu() for part in parts], dim=-1)
+        features = torch.cat([part.cpu() for part in parts], dim=-1)
         for i in rows:
             start, end = end, end + len(ids[i])
             if bos is not None and ids[i][0] == bos:
@@ -166,9 +167,10 @@ class _Spread:
         self.n, self.total, self.squares, self.error = 0, 0.0, 0.0, 0.0
 
     def add(self, x: Float[Tensor, "n d"], reader: Reader) -> None:
+        wide = x.float().cpu().double()
         self.n += len(x)
-        self.total = self.total + x.double().sum(0)
-        self.squares += x.double().square().sum().item()
+        self.total = self.total + wide.sum(0)
+        self.squares += wide.square().sum().item()
         if len(x):
             self.error += reader.error(x, reader.encode(x))
 
@@ -183,8 +185,8 @@ class _Spread:
 def warnings_of(stack: Stack, unexplained: Sequence[float]) -> list[str]:
     """One sentence for each SAE that explains so little of these texts that it looks untrained."""
     return [
-        f"The SAE of {reader.site} at layer {reader.layer} looks untrained, or trained on another model: it leaves "
-        f"{100 * share:.0f} % of the variance of these prompts unexplained; read nothing into its latents."
+        f"The SAE of {reader.site} at layer {reader.layer} looks untrained, or trained on another model: it "
+        f"explains {max(0, 100 * (1 - share)):.0f} % of the variance of these prompts; read nothing into its latents."
         for reader, share in zip(stack, unexplained, strict=True)
         if share > UNTRAINED
     ]
