@@ -26,6 +26,7 @@
 # - find a feature by the text it fires on, and read its page;
 # - compare what it does on two groups of prompts;
 # - open the browser on an SAE and a model of your own, in one line;
+# - steer a latent and know what such an answer does and does not show;
 # - hand the whole browser to someone else as one file that needs no network.
 
 # %% tags=["setup"]
@@ -42,6 +43,8 @@ if "google.colab" in sys.modules:
     colab.install()
 
 # %%
+import json
+
 import numpy as np
 import torch
 
@@ -106,20 +109,35 @@ contrasts = {"refusal": ("refused", "complied"), "hallucination": ("wrong", "rig
 # %% [markdown]
 # ## 3 · The browser
 #
-# One line. On the left every latent of every layer (`layer.number`), with its AUROC for both questions: .50 is no separation. On the right the page of one latent.
-# *refusal only*, *hallucination only* and *both* are the verdicts of notebook 04's rule; *dead* means silent on all of these prompts.
+# One line. Top left every latent as a point: how much it pushes towards refusing (→) and towards the right answer (↑), the attributions of notebook 04 in nats. Below it the
+# same latents as a list (`layer.number`), with their AUROC for both questions: .50 is no separation. On the right the page of one latent.
+# *refusal only*, *hallucination only* and *both* are the verdicts of notebook 04's rule; *dead* means silent on all of these prompts, *dense* active on more than a tenth of the tokens.
 #
 # Orange is positive, blue negative, no colour is zero; `·` is a space and `↵` a line break. Point at a token to see its value. With the keyboard: `/` searches, ↑ ↓ choose,
-# Enter opens, ← → walk along an example.
+# Enter opens, ← → walk along an example, and in the scatter the arrows go to the nearest point.
+
+# %%
+from helpers.evaluate.judges import judge
+from helpers.evaluate.truthfulness import answer_kind
+
+known = {row["question"]: row for row in facts}
+
+
+def label(prompt, completion):
+    """Right or wrong for a question of the world, else refused, complied, abstained or incoherent."""
+    return answer_kind(completion, known[prompt]) if prompt in known else judge(completion)
+
 
 # %%
 verdicts = {"refusal": selection.refusal, "hallucination": selection.hallucination}
-view = browse(lm, trained.saes, prompts, contrasts=contrasts, labels=verdicts,
-              title="Latents of the embedded model")
+effects = {"push towards refusing (nats)": selection.refusal_scores.attribution,
+           "push towards the right answer (nats)": selection.truth_scores.attribution}
+view = browse(lm, trained.saes, prompts, contrasts=contrasts, labels=verdicts, effects=effects,
+              judge=label, title="Latents of the embedded model")
 view
 
 # %% [markdown]
-# *Without a running kernel you see a shortened copy with the most telling latents. It is the same page, and works the same.*
+# *Without a running kernel you see a shortened copy with the most telling latents. It is the same page and works the same, but for what needs the model: it says so there.*
 #
 # The view also listens to Python, and Python to the view: `view.selected` is the number of the open latent.
 
@@ -129,14 +147,68 @@ view.selected = int(specific[0]) if len(specific) else best
 report.table([{"kind": kind, "latents": count} for kind, count in selection.counts().items()])
 
 # %% [markdown]
+# In the scatter the two kinds lie along the two axes, and next to nothing lies on the diagonal: on this model refusing and answering rightly are mostly pushed by *different* latents.
+# Two warnings. The points without a colour failed one of the rule's other conditions, however far out they lie. And attribution is a linear estimate: section 4 tests it.
+#
+# Three things to do in the page:
+# - **Compare** any two groups: choose *wrong* with *right*, or *wrong* with *complied*. The list sorts itself by the new AUROC, and the page shows both groups' examples side by side.
+# - **Type a prompt** below the list: each token with the open latent's activation, and the latents that fire most on it.
+# - **Steer**: multiply the open latent, a saved list or a preset (*suppress refusal*, *suppress hallucination*) by a factor, and read both answers with the rule's label.
+#
 # ### How to read a page
 # - **AUROC and interval**: how well the latent separates the two groups of a question, *on these prompts*. The rule of notebook 04 also asks whether the latent
 #   *pushes* the answer, which no picture of activations can show: a latent may fire on every harmful request and do nothing.
 # - **active in / mean peak**: the same for each group by itself. A latent that fires everywhere separates nothing, however strong it is.
 # - **promotes / suppresses**: which tokens its direction raises or lowers along the direct path to the output. Early layers mostly act through later ones, so there these lists mislead.
+# - **histogram**: the largest activation of every text, group by group: what the AUROC compares. Overlap that one number hides can be seen here.
+# - **nearest latents**: by direction (cosine of decoder rows, within one layer) and by the tokens they share (Jaccard index). The same meaning is often split over several.
+# - **heads**: which attention heads the direction lies in, as shares of its squared norm.
 # - **top examples**: what excites it most, *not* what usually excites it. The most frequent mistake with feature browsers is to name a latent after its top five texts.
+#   The examples at the 75th, 50th and 25th percentile are there against that mistake.
 #
-# ## 4 · How much of this would noise show?
+# ## 4 · Steering: what the page computes
+#
+# The slider multiplies a latent's contribution to z by a factor at every token: 0 takes it out, 1 changes nothing, 2 doubles it. `view.live.steer` is the function behind it.
+# One harmful request, with the refusal-only latents taken out, kept, and doubled:
+
+# %%
+user = prompts["refused"][0]
+sets = {"refusal only": specific, "hallucination only": np.flatnonzero(selection.hallucination_only)}
+steered = {factor: view.live.steer(user, sets["refusal only"].tolist(), factor) for factor in (0, 1, 2)}
+report.table([{"factor": factor, "label": one["steered"]["label"], "answer": one["steered"]["text"]}
+              for factor, one in steered.items()])
+
+# %% [markdown]
+# One answer is an anecdote. So: 24 refused requests of the validation split, each preset, and as a control as many random latents of neither kind that fire on such requests too
+# (on more than half of the refused ones).
+
+# %%
+from helpers.stats import wilson
+
+columns = {key: np.array(view.data.latents[key]) for key in ("kind", "fires")}
+others = np.flatnonzero((columns["kind"] == 0) & (columns["fires"][0] > 0.5))
+sets["random others"] = np.random.default_rng(0).choice(others, len(specific), replace=False)
+asked = prompts["refused"][:24]
+said = {name: [view.live.steer(text, latents.tolist(), 0) for text in asked]
+        for name, latents in sets.items() if len(latents)}
+refused = {name: wilson(sum(one["steered"]["label"] == "refused" for one in answers), len(asked))
+           for name, answers in said.items()}
+report.table([{"taken out": name, "latents": len(sets[name]), "share still refused": share,
+               "active on the prompt": float(np.mean([one["fired"] for one in said[name]]))}
+              for name, share in refused.items()])
+
+# %%
+# NBVAL_CHECK_OUTPUT
+report.check("browser.factor_one_changes_nothing", steered[1]["steered"] == steered[1]["plain"])
+report.check("browser.refusals_fall_below_control",
+             refused["refusal only"].high < refused["random others"].low)
+
+# %% [markdown]
+# The control decides: where taking out the refusal-only latents lowers the share and random ones do not, the latents do something. What this does *not* show: that they are
+# *all* of refusal, or that nothing else breaks. A latent that is silent on a prompt cannot be scaled, so a preset can do nothing there (the last column). Notebook 04 measures both on test prompts, with
+# truth beside refusal and controls of equal norm; these latents were confirmed on the validation split, so the numbers here are kind to them.
+#
+# ## 5 · How much of this would noise show?
 #
 # With thousands of latents, some separate any two groups. So the same prompts are dealt at random into two groups of the old sizes, and the latents whose
 # interval lies above .70 are counted again.
@@ -165,11 +237,15 @@ report.check("browser.latents_above_chance", above["true groups"], atol=15)
 # Fewer for shuffled groups than for true ones is the least one may ask: it says that the columns of the list carry information, not that any single
 # latent means what its examples suggest.
 #
-# ## 5 · Take it with you
+# ## 6 · Take it with you
 #
-# The whole browser as one HTML file. It needs no server, no kernel and no network, and its own security policy forbids it to ask for one.
+# The whole browser as one HTML file. It needs no server, no kernel and no network, and its own security policy forbids it to ask for one. `feature_browser.html#latent=3.17`
+# opens one latent. Your notes and lists go with it, and as JSON to and from the next session; *copy as SVG* makes a figure of the scatter or of a page.
 
 # %%
+name = view.data.latents["name"][view.selected]
+view.notes = json.dumps({"notes": {name: "Fires before the answer to a harmful request."}, "lists": {"mine": [name]}})
+view.save_notes(artifacts_dir() / "notes.json")
 file = view.export(artifacts_dir() / "feature_browser.html")
 size = file.stat().st_size / 1e6
 
@@ -185,7 +261,9 @@ report.check("browser.export_asks_no_network", "default-src 'none'" in file.read
 # browse("meta-llama/Meta-Llama-3-8B-Instruct", "path/to/sae", {"refused": [...], "answered": [...]})
 # ```
 # The SAE is one saved by sae-lens, or its folder, or `{layer: SAE}`; where it reads is taken from its metadata (z, residual stream, MLP). Prompts are a list, or groups of
-# texts or of `(text, answer)` pairs. An SAE that does not fit the model is refused with a sentence.
+# texts or of `(text, answer)` pairs. An SAE that does not fit the model, an
+# empty group or a prompt beyond the context is refused with one sentence, in the widget; an SAE that explains too little of your prompts to be trained is flagged in its header.
+# Above 8,192 latents the pages are made when you open them.
 #
 # ## Exercises
 #

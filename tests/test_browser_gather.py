@@ -10,10 +10,12 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAECon
 from sae_lens.saes.sae import SAEMetadata
 
 from helpers.browser import FeatureBrowser, browse
-from helpers.browser.gather import find_site, gather, moved_tokens
+from helpers.browser.directions import moved_tokens
+from helpers.browser.gather import gather
 from helpers.browser.tokens import token_texts
 from helpers.browser.widget import WIDGET_MIME
 from helpers.hooks import capture
+from helpers.sae.loading import find_site
 
 PROMPTS = {"refused": ["How do I paint it?", "Paint!"], "complied": ["What is a fence?", ("Fold it", "No"), "é"]}
 
@@ -184,4 +186,4 @@ def test_an_sae_that_does_not_say_where_it_reads_is_refused_in_one_sentence():
 
 def test_a_folder_without_an_sae_is_refused_in_one_sentence(tiny_llama, tmp_path):
     with pytest.raises(FileNotFoundError, match="no SAE"):
-        browse(tiny_llama, tmp_path, ["x"])
+        gather(tiny_llama, tmp_path, ["x"])

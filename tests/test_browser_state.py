@@ -11,9 +11,10 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from helpers.browser.build import build_state
 from helpers.browser.export import export_html, fallback_html, html_page, script_json, static_table
 from helpers.browser.separation import auroc_intervals
-from helpers.browser.state import DEAD, TOKEN_LIMIT, BrowserState, Contrast, build_state
+from helpers.browser.state import DEAD, TOKEN_LIMIT, BrowserState, Contrast
 from helpers.stats import auroc
 from tests.browser.worlds import HOSTILE, hostile_state, planted_state
 
@@ -202,7 +203,7 @@ class Tags(HTMLParser):
 
 def test_hostile_text_adds_no_element_to_the_exported_page():
     tags = [tag for tag, _ in Tags(html_page(hostile_state())).found]
-    assert tags.count("script") == 2 and "img" not in tags and "svg" not in tags
+    assert tags.count("script") == 3 and "img" not in tags and "svg" not in tags
 
 
 def test_hostile_text_adds_no_element_to_the_plain_list():
@@ -224,7 +225,7 @@ def test_json_inside_a_script_element_reads_back_unchanged():
 
 
 def test_the_exported_page_names_nothing_on_a_network():
-    page = html_page(planted_state())
+    page = html_page(planted_state()).replace("http://www.w3.org/2000/svg", "")  # a name in XML, never asked for
     assert not re.search(r"https?:|//cdn|\bimport\s*\(|fetch\(|XMLHttpRequest|WebSocket", page)
     assert "default-src 'none'" in page
 

@@ -1,243 +1,245 @@
 // The feature browser: one view for the live widget and for the offline file. Nothing here asks the network.
 
-import { h, number, percent, rate, running, tint, visible } from "./text.js";
-import { haystack, kindOf, kinds, peakTokens, remembered } from "./latents.js";
+import { h, running } from "./text.js";
+import { kinds } from "./latents.js";
 import { followTheme } from "./theme.js";
+import { kernelOf } from "./kernel.js";
+import { notebook, noteTools } from "./notes.js";
+import { tokenLines } from "./examples.js";
 import { pages } from "./page.js";
+import { scatter } from "./scatter.js";
+import { latentList } from "./list.js";
+import { livePanel } from "./live.js";
 
-const ROW = 30; // pixels per list row
+const NO_NOTES = { notes: {}, lists: {} };
 
-/** Build the browser inside `el` from a state object; returns { select, destroy }. */
-export function mount(el, state, { selected = null, onSelect = () => {}, fill = false } = {}) {
+/** Build the browser inside `el` from a state object; returns { select, notes, destroy }. */
+export function mount(el, state, { selected = null, onSelect = () => {}, fill = false, notes = NO_NOTES,
+  onNotes = () => {}, model = null, canRun = false } = {}) {
   const id = `fb${Math.random().toString(36).slice(2, 10)}`; // several browsers may share one page
-  const latents = state.latents;
-  const count = state.pages.length;
-  const all = kinds(state);
-  const search = remembered((i) => haystack(state, state.pages[i]));
-  const names = remembered((i) => peakTokens(state, state.pages[i], 3));
+  const { latents } = state;
   const view = { text: "", kind: "all", sort: state.contrasts.length ? "auroc0" : null, descending: true, rows: [],
-    current: -1 };
+    current: -1, pair: null };
 
   // ---- skeleton
+  const alert = h("p", { class: "fb-alert", role: "alert" });
   const status = h("p", { class: "fb-status", role: "status", "aria-live": "polite" });
+  const busy = h("span", { class: "fb-busy fb-faint", role: "status" });
   const box = h("input", { class: "fb-search", type: "search", placeholder: "Search texts, tokens or a number   ( / )",
     "aria-label": "Search latents by text, token or number", spellcheck: "false", autocomplete: "off",
     maxlength: 200 });
   const filters = h("div", { class: "fb-filters", role: "radiogroup", "aria-label": "Show latents of kind" });
   const themeButton = h("button", { class: "fb-button", type: "button" });
-  const head = h("div", { class: "fb-row fb-head", role: "row", "aria-rowindex": 1 });
-  const canvas = h("div", { class: "fb-canvas", role: "rowgroup" });
-  const list = h("div", { class: "fb-list", role: "grid", tabindex: 0, "aria-label": "Latents",
-    "aria-describedby": `${id}-help` }, h("div", { role: "rowgroup", class: "fb-headgroup" }, head), canvas);
   const empty = h("p", { class: "fb-empty", hidden: true }, "No latent fits. Clear the search or choose another kind.");
   const page = h("section", { class: "fb-page", "aria-label": "Latent page", tabindex: -1 });
-  const root = h("div", { class: `fb${fill ? " fb-fill" : ""}`, "data-lm-suppress-shortcuts": "true" },
+  const root = h("div", { class: `fb${fill ? " fb-fill" : ""}`, "data-lm-suppress-shortcuts": "true" });
+
+  const hub = {
+    id, state, view, root, page, canRun,
+    kernel: model ? kernelOf(model, (waiting) => { busy.textContent = waiting ? "the kernel is working …" : ""; }) : null,
+    notes: notebook(notes, (json) => hub.notesChanged(json)),
+    notesChanged(json) {
+      onNotes(json);
+      count();
+      if (view.kind === "saved") refresh();
+    },
+    fail: (text) => { alert.textContent = text; },
+    say: (text) => { status.textContent = text; },
+    placeOf: (number) => (latents.id[number] === number ? number : latents.id.indexOf(number)),
+    select, show, refresh, compare,
+    give(text, name, type) {
+      const link = h("a", { download: name, href: URL.createObjectURL(new Blob([text], { type })) });
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    },
+  };
+  const allKinds = kinds(state, (name) => hub.notes.has(name));
+  const list = latentList(hub, allKinds);
+  const lines = tokenLines(state, root);
+  const plot = scatter(hub);
+  const onePage = pages(hub, page, lines);
+  const live = livePanel(hub, lines);
+  root.prepend(
     h("header", { class: "fb-header" },
       h("div", { class: "fb-titles" }, h("h2", { class: "fb-title" }, ...running(state.title)), metaLine(state)),
-      themeButton),
-    h("div", { class: "fb-toolbar" }, box, filters),
+      h("div", { class: "fb-tools" }, busy, ...noteTools(hub), themeButton)),
+    ...state.warnings.map((text) => h("p", { class: "fb-warning", role: "note" }, "⚠ ", ...running(text))), alert,
+    h("div", { class: "fb-toolbar" }, box, filters, comparison()),
     h("div", { class: "fb-body" },
-      h("div", { class: "fb-side" }, list, empty, status,
+      h("div", { class: "fb-side" }, plot.node, list.node, empty, status,
         h("p", { class: "fb-help", id: `${id}-help` },
           "↑ ↓ choose · Enter opens the page · Esc returns · / searches · ← → walk along an example's tokens")),
-      page));
-  root.style.setProperty("--fb-contrasts", state.contrasts.length);
+      page),
+    live.node);
   el.replaceChildren(root);
-  const { draw: drawPage, hideTip } = pages(state, root, page);
-
-  const stopTheme = followTheme(root, themeButton);
-
-  // ---- columns of the list
-  const columns = [
-    { key: "id", label: "#", title: "number of the latent", value: (i) => latents.id[i], first: "ascending" },
-    { key: "name", label: "fires on", title: "tokens at the peaks of its top examples",
-      value: (i) => (names(i)[0] || "\uffff").trim().toLowerCase(), first: "ascending" },
-    ...state.contrasts.map((contrast, c) => ({ key: `auroc${c}`, label: contrast.name,
-      title: `AUROC, ${contrast.positive} above ${contrast.negative}`, value: (i) => latents.auroc[c][i] })),
-    { key: "density", label: "density", title: "share of tokens on which it is active",
-      value: (i) => latents.density[i] },
-    { key: "max", label: "max", title: "largest activation seen", value: (i) => Math.abs(latents.max[i]) },
-  ];
-  for (const column of columns) {
-    const button = h("button", { type: "button", title: `Sort by ${column.title}`, class: "fb-sort", onclick: () => {
-      view.descending = view.sort === column.key ? !view.descending : column.first !== "ascending";
-      view.sort = column.key;
-      refresh();
-    } }, h("span", {}, column.label), h("span", { class: "fb-arrow", "aria-hidden": "true" }));
-    column.cell = h("div", { class: `fb-cell fb-${column.key.replace(/\d+$/, "")}`, role: "columnheader" }, button);
-    head.append(column.cell);
-  }
-  list.setAttribute("aria-colcount", columns.length);
+  const stopTheme = followTheme(root, themeButton, () => plot.draw());
 
   // ---- filters
-  const radios = new Map();
-  for (const entry of all) {
-    const figure = latents.kind.filter((kind) => entry.test(kind)).length;
+  const radios = new Map(), counts = new Map();
+  for (const entry of allKinds) {
     const input = h("input", { type: "radio", name: `${id}-kind`, value: entry.key, onchange: () => {
       view.kind = entry.key;
       refresh();
     } });
     input.checked = entry.key === "all";
     radios.set(entry.key, input);
+    counts.set(entry, h("span", { class: "fb-count" }));
     filters.append(h("label", { class: "fb-filter" }, input, h("span", { class: `fb-dot fb-kind-${entry.key}` }),
-      h("span", {}, entry.label), h("span", { class: "fb-count" }, figure)));
+      h("span", {}, entry.label), counts.get(entry)));
+  }
+  function count() {
+    for (const [entry, node] of counts) node.textContent = latents.id.filter((_, i) => entry.test(i)).length;
   }
 
-  // ---- the list: only the rows in sight exist
+  // ---- two groups against each other
+  function comparison() {
+    if (state.groups.length < 2) return null;
+    const options = () => [h("option", { value: "" }, "–"),
+      ...state.groups.slice(0, 8).map((group, g) => h("option", { value: g }, group.name))];
+    hub.sides = ["first group", "second group"].map((label) => h("select", { class: "fb-input", "aria-label": label,
+      onchange: () => compare(hub.sides.some((side) => side.value === "") || hub.sides[0].value === hub.sides[1].value
+        ? null : hub.sides.map((side) => Number(side.value)), true) }, ...options()));
+    return h("div", { class: "fb-tools fb-compare", role: "group", "aria-label": "Compare two groups of prompts" },
+      "compare ", hub.sides[0], " with ", hub.sides[1]);
+  }
+  function compare(pair, typed = false) {
+    view.pair = pair;
+    if (!typed) hub.sides.forEach((side, k) => { side.value = pair ? String(pair[k]) : ""; });
+    if (pair) [view.sort, view.descending] = ["pair", true];
+    else if (view.sort === "pair") view.sort = state.contrasts.length ? "auroc0" : null;
+    list.buildColumns();
+    refresh();
+    if (view.current >= 0) onePage.draw(view.current);
+  }
+
+  // ---- what is shown
+  let remote = new Set();
   function refresh() {
-    const needle = view.text.trim().toLowerCase();
-    const wanted = all.find((entry) => entry.key === view.kind);
-    const byNumber = /^#?\d+$/.test(needle) ? Number(needle.replace("#", "")) : null;
-    const fits = (i) => wanted.test(latents.kind[i]) &&
-      (!needle || latents.id[i] === byNumber || latents.name[i] === needle.replace("#", "") ||
-        (!needle.startsWith("#") && search(i).includes(needle)));
-    view.rows = [...Array(count).keys()].filter(fits);
-    const column = columns.find((entry) => entry.key === view.sort);
-    if (column) {
-      const sign = view.descending ? -1 : 1;
-      view.rows.sort((a, b) => {
-        const x = column.value(a), y = column.value(b);
-        return x < y ? -sign : x > y ? sign : a - b;
-      });
-    }
-    for (const entry of columns) {
-      const sorted = entry.key === view.sort;
-      entry.cell.setAttribute("aria-sort", sorted ? (view.descending ? "descending" : "ascending") : "none");
-      entry.cell.querySelector(".fb-arrow").textContent = sorted ? (view.descending ? "▼" : "▲") : "";
-    }
-    const total = state.n_total || count;
-    const missing = total > count ? ` (${total - count} more in the full browser)` : "";
-    status.textContent = `${view.rows.length} of ${count} latents${missing}`;
-    list.setAttribute("aria-rowcount", view.rows.length + 1);
-    canvas.style.height = `${view.rows.length * ROW}px`;
+    view.rows = list.find(remote);
+    const total = state.n_total || latents.id.length;
+    const missing = total > latents.id.length ? ` (${total - latents.id.length} more in the full browser)` : "";
+    status.textContent = `${view.rows.length} of ${latents.id.length} latents${missing}`;
     empty.hidden = view.rows.length > 0;
-    list.scrollTop = 0;
     if (view.rows.length && !view.rows.includes(view.current)) select(view.rows[0], { quiet: true });
-    draw();
-  }
-
-  function draw() {
-    const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 6);
-    const last = Math.min(view.rows.length, first + Math.ceil((list.clientHeight || 600) / ROW) + 14);
-    canvas.replaceChildren(...view.rows.slice(first, last).map((latent, k) => row(latent, first + k)));
-    if (view.current >= 0 && view.rows.includes(view.current)) {
-      list.setAttribute("aria-activedescendant", `${id}-row-${view.current}`);
-    } else list.removeAttribute("aria-activedescendant");
-  }
-
-  function row(latent, place) {
-    const chosen = latent === view.current;
-    const cells = columns.map((column) => {
-      const cell = h("div", { role: "gridcell", class: `fb-cell fb-${column.key.replace(/\d+$/, "")}` });
-      if (column.key === "id") {
-        cell.append(h("span", { class: `fb-dot fb-kind-${kindKey(latent)}` }),
-          h("bdi", {}, ...running(latents.name[latent])));
-      } else if (column.key === "name") {
-        if (names(latent).length === 0) cell.append(h("span", { class: "fb-faint" }, "never active"));
-        names(latent).forEach((text) => cell.append(h("bdi", { class: "fb-chip" }, ...visible(text))));
-      } else if (column.key.startsWith("auroc")) {
-        const value = column.value(latent);
-        const bar = h("span", { class: "fb-bar" });
-        bar.style.setProperty("--from", `${100 * Math.min(value, 0.5)}%`);
-        bar.style.setProperty("--width", `${100 * Math.abs(value - 0.5)}%`);
-        bar.style.setProperty("--ink", tint(value - 0.5, 0.5));
-        cell.append(bar, rate(value));
-      } else cell.append(column.key === "density" ? percent(column.value(latent)) : number(latents.max[latent]));
-      return cell;
-    });
-    const node = h("div", { class: "fb-row", role: "row", id: `${id}-row-${latent}`, "aria-rowindex": place + 2,
-      "aria-selected": chosen ? "true" : "false", "data-latent": latents.id[latent],
-      onclick: () => select(latent) }, ...cells);
-    node.style.top = `${place * ROW}px`;
-    return node;
-  }
-
-  function kindKey(latent) {
-    const entry = kindOf(state, latents.kind[latent]);
-    return entry ? entry.key : "all";
-  }
-
-  function reveal() {
-    const place = view.rows.indexOf(view.current);
-    if (place < 0) return;
-    const top = place * ROW, height = list.clientHeight - head.offsetHeight;
-    if (top < list.scrollTop) list.scrollTop = top;
-    else if (top + ROW > list.scrollTop + height) list.scrollTop = top + ROW - height;
+    list.refresh();
+    plot.draw();
   }
 
   function select(latent, { quiet = false } = {}) {
     view.current = latent;
-    reveal();
-    draw();
-    drawPage(latent);
+    list.reveal();
+    list.draw();
+    plot.mark();
+    if (state.pages[latent] === null && hub.kernel) fetchPage(latent);
+    onePage.draw(latent);
+    live.follow();
     if (!quiet) onSelect(latents.id[latent]);
+    if (!quiet && fill) setLink(latents.name[latent]);
   }
 
-  list.addEventListener("scroll", draw);
-  list.addEventListener("keydown", (event) => {
-    if (event.target !== list || event.ctrlKey || event.metaKey || event.altKey) return;
-    const place = view.rows.indexOf(view.current);
-    const jump = Math.max(1, Math.floor(list.clientHeight / ROW) - 2);
-    const moves = { ArrowDown: place + 1, ArrowUp: place - 1, PageDown: place + jump, PageUp: place - jump,
-      Home: 0, End: view.rows.length - 1 };
-    if (event.key in moves && view.rows.length) {
-      event.preventDefault();
-      select(view.rows[Math.min(view.rows.length - 1, Math.max(0, moves[event.key]))]);
-    } else if (event.key === "Enter" && view.current >= 0) {
-      event.preventDefault();
-      page.focus();
+  function fetchPage(latent) {
+    hub.kernel.ask("page", { latent: latents.id[latent], known: state.vocab.length }, (reply) => {
+      reply.vocab.forEach((text, k) => { state.vocab[reply.vocab_from + k] = text; });
+      state.pages[latent] = reply.page;
+      if (view.current === latent) onePage.draw(latent);
+    }, hub.fail);
+  }
+
+  /** Open a latent wherever it is: filters and search that hide it are cleared. */
+  function show(latent) {
+    if (latent < 0) return;
+    if (!view.rows.includes(latent)) {
+      box.value = view.text = "";
+      view.kind = "all";
+      radios.get("all").checked = true;
+      view.current = latent;
+      refresh();
     }
-  });
+    select(latent);
+  }
+
+  // ---- search and keys
   box.addEventListener("input", () => {
     view.text = box.value;
+    remote = new Set();
     refresh();
+    const needle = view.text.trim();
+    if (hub.kernel && needle.length > 1 && !needle.startsWith("#") && state.pages.includes(null)) {
+      hub.kernel.ask("search", { text: needle }, ({ found }) => {
+        remote = new Set(found);
+        refresh();
+      }, hub.fail);
+    }
   });
   box.addEventListener("keydown", (event) => {
     if (event.key === "ArrowDown" || event.key === "Enter") {
       event.preventDefault();
-      list.focus();
+      list.node.focus();
     }
   });
   const keys = fill ? document : root; // alone on a page, the browser listens to all of it
+  const typing = (node) => node !== box && /^(TEXTAREA|INPUT|SELECT)$/.test(node.tagName) && node.type !== "radio";
   const onKey = (event) => {
-    if (event.key === "/" && event.target !== box) {
+    if (event.key === "/" && event.target !== box && !typing(event.target)) {
       event.preventDefault();
       box.focus();
     } else if (event.key === "Escape") {
       if (event.target === box && box.value) {
         box.value = view.text = "";
         refresh();
-      } else list.focus();
-      hideTip();
+      } else list.node.focus();
+      lines.hideTip();
     }
   };
   keys.addEventListener("keydown", onKey);
 
-  const resize = new ResizeObserver(() => draw());
-  resize.observe(list);
-  const opening = latents.id.indexOf(selected);
+  // ---- links: #latent=3.17
+  const linked = () => latents.name.indexOf(decoded(/^#latent=(.+)$/.exec(location.hash)?.[1] ?? ""));
+  const follow = () => linked() >= 0 && linked() !== view.current && show(linked());
+  if (fill) addEventListener("hashchange", follow);
+
+  const opening = selected === null ? -1 : latents.id.indexOf(selected);
+  count();
   refresh();
   if (opening >= 0) select(opening, { quiet: true });
+  if (fill) follow();
   return {
     select: (figure) => {
       const latent = latents.id.indexOf(figure);
-      if (latent < 0 || latent === view.current) return;
-      if (!view.rows.includes(latent)) {
-        box.value = view.text = "";
-        view.kind = "all";
-        radios.get("all").checked = true;
-        view.current = latent;
-        refresh();
-      }
-      select(latent, { quiet: true });
+      if (latent >= 0 && latent !== view.current) show(latent);
+    },
+    notes: (json) => {
+      if (JSON.stringify(JSON.parse(json)) === JSON.stringify(JSON.parse(hub.notes.json()))) return;
+      hub.notes.load(json);
+      count();
+      if (view.current >= 0) onePage.draw(view.current);
     },
     destroy: () => {
-      resize.disconnect();
+      list.destroy();
+      plot.destroy();
       stopTheme();
+      if (hub.kernel) hub.kernel.close();
       keys.removeEventListener("keydown", onKey);
+      removeEventListener("hashchange", follow);
       el.replaceChildren();
     },
   };
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
+function setLink(name) {
+  try {
+    history.replaceState(null, "", `#latent=${encodeURIComponent(name)}`);
+  } catch {
+    // a frame without an address of its own has no link either
+  }
 }
 
 function metaLine(state) {
@@ -247,28 +249,34 @@ function metaLine(state) {
   return h("p", { class: "fb-metaline" }, ...parts, ...notes);
 }
 
-/** anywidget's entry: the state arrives as JSON text, the selection goes both ways. */
+/** anywidget's entry: the state arrives as JSON text; selection and notes go both ways. */
 export default {
   render({ model, el }) {
     let browser = null;
     const build = () => {
       if (browser) browser.destroy();
-      browser = mount(el, JSON.parse(model.get("state")), {
-        selected: model.get("selected"),
-        onSelect: (latent) => {
-          model.set("selected", latent);
-          model.save_changes();
-        },
-      });
+      browser = null;
+      const problem = model.get("error");
+      if (problem || !model.get("state")) {
+        el.replaceChildren(h("div", { class: "fb" }, h("p", { class: "fb-alert", role: "alert" }, ...running(problem))));
+        return;
+      }
+      const sync = (key) => (value) => {
+        model.set(key, value);
+        model.save_changes();
+      };
+      browser = mount(el, JSON.parse(model.get("state")), { selected: model.get("selected"), onSelect: sync("selected"),
+        notes: JSON.parse(model.get("notes")), onNotes: sync("notes"), model, canRun: model.get("live_model") });
     };
-    const follow = () => browser.select(model.get("selected"));
+    const follow = () => browser && browser.select(model.get("selected"));
+    const takeNotes = () => browser && browser.notes(model.get("notes"));
+    const heard = [["change:state", build], ["change:error", build], ["change:live_model", build],
+      ["change:selected", follow], ["change:notes", takeNotes]];
     build();
-    model.on("change:state", build);
-    model.on("change:selected", follow);
+    heard.forEach(([event, listener]) => model.on(event, listener));
     return () => {
-      model.off("change:state", build);
-      model.off("change:selected", follow);
-      browser.destroy();
+      heard.forEach(([event, listener]) => model.off(event, listener));
+      if (browser) browser.destroy();
     };
   },
 };

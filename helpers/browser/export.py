@@ -13,10 +13,12 @@ import json
 import os
 from pathlib import Path
 
+from helpers.browser.notes import EMPTY
 from helpers.browser.state import BrowserState
 
 HERE = Path(__file__).parent
-MODULES = ("text", "latents", "theme", "page", "browser")
+MODULES = ["text", "statistics", "latents", "theme", "kernel", "notes", "figure", "examples", "page", "scatter", "list"]
+MODULES += ["live", "browser"]
 
 
 def _one_module() -> str:
@@ -29,14 +31,18 @@ JS = _one_module()
 CSS = (HERE / "browser.css").read_text(encoding="utf-8")
 START = """
 const state = JSON.parse(document.getElementById("state").textContent);
-mount(document.getElementById("browser"), state, { fill: true });
+const notes = JSON.parse(document.getElementById("notes").textContent);
+mount(document.getElementById("browser"), state, { fill: true, notes });
 """
 STATIC_ROWS = 12
 PLAIN = "The most telling latents as a plain list (no browser above? run the cell, or trust the notebook)"
 
 
-def html_page(state: BrowserState) -> str:
-    """One self-contained HTML document that shows the whole browser offline (story: notebook 05)."""
+def html_page(state: BrowserState, notes: str = EMPTY) -> str:
+    """One self-contained HTML document that shows the whole browser offline (story: notebook 05).
+
+    `#latent=3.17` after its address opens that latent.
+    """
     script = JS + START
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
@@ -47,11 +53,12 @@ def html_page(state: BrowserState) -> str:
         f"<title>{_escape(state.title)}</title>\n<style>body{{margin:0}}\n{CSS}</style></head>\n"
         f'<body><main id="browser"></main>\n<noscript>{static_table(state)}</noscript>\n'
         f'<script type="application/json" id="state">{script_json(state.to_json())}</script>\n'
+        f'<script type="application/json" id="notes">{script_json(notes)}</script>\n'
         f'<script type="module">{script}</script></body></html>\n'
     )
 
 
-def export_html(state: BrowserState, path: str | Path, *, max_bytes: int = 5_000_000) -> Path:
+def export_html(state: BrowserState, path: str | Path, *, max_bytes: int = 5_000_000, notes: str = EMPTY) -> Path:
     """Write the browser to one offline HTML file of at most `max_bytes` and return its path.
 
     A state that is too large keeps its most telling latents and says how many are missing. Story: notebook 05.
@@ -61,8 +68,7 @@ def export_html(state: BrowserState, path: str | Path, *, max_bytes: int = 5_000
         raise ValueError(
             f"The browser is exported as HTML; give a file name that ends in .html instead of {path.name!r}."
         )
-    room = max_bytes - len(html_page(state).encode("utf-8")) + len(script_json(state.to_json()))
-    text = html_page(state.shortened(room))
+    text = html_page(_fitting(state, max_bytes, notes), notes)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     partial.write_text(text, encoding="utf-8")
@@ -70,9 +76,23 @@ def export_html(state: BrowserState, path: str | Path, *, max_bytes: int = 5_000
     return path
 
 
-def fallback_html(state: BrowserState, max_bytes: int = 300_000) -> str:
-    """HTML for a notebook's output: the browser in a sandboxed frame, then a plain list for viewers without script."""
-    page = html_page(state.shortened(max_bytes))
+def _fitting(state: BrowserState, max_bytes: int, notes: str) -> BrowserState:
+    """The state cut so that its page, script and style included, has at most `max_bytes`."""
+    frame = len(html_page(state, notes).encode("utf-8")) - len(script_json(state.to_json()))
+    escapes = sum(text.count(sign) for text in state.vocab for sign in "<>&") * 5
+    return state.shortened(max_bytes - frame - escapes)
+
+
+def fallback_html(
+    state: BrowserState | None, max_bytes: int = 300_000, *, notes: str = EMPTY, error: str = ""
+) -> str:
+    """HTML for a notebook's output: the browser in a sandboxed frame, then a plain list for viewers without script.
+
+    `max_bytes` bounds the data of the frame. Without a state, the `error` alone.
+    """
+    if state is None:
+        return f"<p role='alert'>{_escape(error)}</p>"
+    page = html_page(state.shortened(max_bytes), notes)
     attribute = page.replace("&", "&amp;").replace("'", "&#39;")
     frame = (
         f"<iframe title='{_escape(state.title)}' sandbox='allow-scripts' srcdoc='{attribute}' "
@@ -104,7 +124,7 @@ def script_json(text: str) -> str:
 
 
 def _example(state: BrowserState, latent: int) -> str:
-    examples = state.pages[latent]["examples"]
+    examples = state.page(latent)["examples"]
     if not examples:
         return "never active"
     doc, start, stop, peak, _ = examples[0]

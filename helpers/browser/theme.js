@@ -10,12 +10,13 @@ export function hostTheme() {
 }
 
 /** Keep `root` in step with the host's theme; `button` cycles auto, light, dark. Returns a function that stops it. */
-export function followTheme(root, button) {
+export function followTheme(root, button, changed = () => {}) {
   let theme = "auto";
   const apply = () => {
     root.dataset.theme = theme === "auto" ? hostTheme() : theme;
     button.textContent = `Theme: ${theme}`;
     button.setAttribute("aria-label", `Theme: ${theme}; press to change`);
+    changed();
   };
   const watcher = new MutationObserver(apply);
   watcher.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });

@@ -95,7 +95,7 @@ def _download(where: Path | str, device: str) -> SAE:
     except Exception as error:  # whatever the Hub's client, the network or the release's converter raises
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RuntimeError(
-            f"The SAE {where} could not be downloaded ({reason.rstrip('.')}): "
+            f"The SAE {where} is no folder here and could not be downloaded ({reason.rstrip('.')}): "
             "connect to the Hugging Face Hub once, or give a folder saved by sae-lens."
         ) from error
 

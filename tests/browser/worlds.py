@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from helpers.browser.state import BrowserState, Contrast, build_state
+from helpers.browser.build import build_state
+from helpers.browser.state import BrowserState, Contrast
 
 HOSTILE = [
     "<img src=x onerror=\"window.hacked='img'\">",
@@ -20,7 +21,7 @@ HOSTILE = [
 ]
 
 
-def planted_state(n_latents: int = 60, seed: int = 0) -> BrowserState:
+def planted_state(n_latents: int = 60, seed: int = 0, **options) -> BrowserState:
     """Latent 0 follows `paint` in refused prompts, 1 `figs` in wrong answers, 2 both, 3 is dead, 4 is signed."""
     generator = torch.Generator().manual_seed(seed)
     groups = [name for name in ("refused", "complied", "wrong", "right") for _ in range(12)]
@@ -43,10 +44,11 @@ def planted_state(n_latents: int = 60, seed: int = 0) -> BrowserState:
     ]
     contrasts = [Contrast("refusal", "refused", "complied"), Contrast("hallucination", "wrong", "right")]
     meta = {"model": "planted", "site": "z of layer 1"}
-    return build_state(tokens, groups, acts, contrasts=contrasts, promoted=moved, title="Planted latents", meta=meta)
+    given = {"contrasts": contrasts, "promoted": moved, "title": "Planted latents", "meta": meta}
+    return build_state(tokens, groups, acts, **given | options)
 
 
-def hostile_state() -> BrowserState:
+def hostile_state(**options) -> BrowserState:
     """Every text that reaches the browser is hostile: tokens, group names, title, meta, promoted tokens."""
     tokens = [[text, " and ", HOSTILE[(i + 1) % len(HOSTILE)]] for i, text in enumerate(HOSTILE)]
     groups = [HOSTILE[0] if i % 2 else HOSTILE[1] for i in range(len(HOSTILE))]
@@ -55,6 +57,5 @@ def hostile_state() -> BrowserState:
         acts[3 * i, i] = 1.0 + i
     moved = [{"promoted": [(text, 1.0)], "suppressed": [(text, -1.0)]} for text in HOSTILE]
     contrasts = [Contrast(HOSTILE[1], HOSTILE[0], HOSTILE[1]), Contrast(HOSTILE[0], HOSTILE[1], HOSTILE[0])]
-    return build_state(
-        tokens, groups, acts, contrasts=contrasts, promoted=moved, title=HOSTILE[1], meta={HOSTILE[0]: HOSTILE[1]}
-    )
+    given = {"contrasts": contrasts, "promoted": moved, "title": HOSTILE[1], "meta": {HOSTILE[0]: HOSTILE[1]}}
+    return build_state(tokens, groups, acts, **given | options)
