@@ -355,7 +355,7 @@ def test_a_dictionary_without_live_latents_says_so(tiny_llama):
         (lambda lm: (random_sae(lm, "blocks.9.attn.hook_z"), PROMPTS), "Layer 9 does not exist"),
         (lambda lm: (random_sae(lm), {"a": ["x"], "b": []}), "group 'b' is empty"),
         (lambda lm: (random_sae(lm), ["x" * 400]), "takes 404 tokens"),
-        (lambda lm: ("no/such/folder", PROMPTS), "no/such/folder is no folder here"),
+        (lambda lm: ("./no/such/folder", PROMPTS), "no SAE in ./no/such/folder"),
         (lambda lm: (random_sae(lm).to("meta"), PROMPTS), "meta device"),
     ],
 )
