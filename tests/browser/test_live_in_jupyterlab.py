@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 from nbformat.v4 import new_code_cell
 
+from helpers.browser.live import Live
 from helpers.browser.stack import open_stack
 from helpers.generation import generate
 from helpers.models import load_model
 from tests.browser.conftest import watched_page
 from tests.browser.test_in_jupyterlab import own_errors, run_all, save, strangers
-from tests.browser.worlds_live import MODEL, WIDTH, random_sae
+from tests.browser.worlds_live import CHOSEN, MODEL, WIDTH, random_sae
 
 pytest.importorskip("playwright", reason="The browser tests need playwright: install the project with its dev extra.")
 pytestmark = pytest.mark.browser
@@ -65,8 +65,6 @@ def test_a_typed_prompt_shows_each_token_with_its_own_activation(live, lm):
     ask(browser, PROMPT)
     tokens = browser.locator(".fb-own .fb-token")
     tokens.first.wait_for()
-    from helpers.browser.live import Live
-
     wanted = Live(*open_stack(lm, random_sae(lm))).prompt(PROMPT, 5)
     shown = [float(t.get_attribute("data-value").replace("−", "-")) for t in tokens.all()]
     assert shown == wanted["values"] and any(shown)
@@ -124,13 +122,17 @@ def test_steering_by_the_slider_shows_both_answers_with_their_labels(live, lm, f
     assert f"{WIDTH} latents" in browser.locator(".fb-factor").inner_text()
 
 
-def test_a_preset_suppresses_the_latents_of_its_contrast(live):
+def test_a_preset_suppresses_the_latents_of_its_contrast(live, lm):
     browser = live.view
     preset = browser.get_by_label("suppress paint")
     preset.check()
     assert browser.locator(".fb-factor").inner_text().startswith("× 0 (taken out)")
-    count = browser.get_by_role("radio", name=re.compile(r"^paint")).locator("xpath=..").inner_text().split()[-1]
-    assert browser.locator(".fb-factor").inner_text().split(", ")[1].split()[0] == count
+    assert browser.locator(".fb-factor").inner_text().endswith(f", {len(CHOSEN)} latents")
+    browser.get_by_label("Your own prompt").fill(PROMPT)
+    browser.get_by_role("button", name="answer", exact=True).click()
+    browser.locator(".fb-answer", has_text=f"× 0 (taken out), {len(CHOSEN)} latents").wait_for()
+    fired = {latent for latent, *_ in Live(*open_stack(lm, random_sae(lm))).prompt(PROMPT)["latents"]} & set(CHOSEN)
+    browser.get_by_text(f"{len(fired)} of {len(CHOSEN)} are active").wait_for()
     browser.get_by_text("the open latent", exact=True).click()
 
 

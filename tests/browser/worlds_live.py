@@ -14,6 +14,7 @@ from helpers.models import LoadedModel, load_model
 
 MODEL = ROOT / "data" / "organism" / "chat"
 LAYER, WIDTH = 2, 32
+CHOSEN = (0, 12, 21)  # the latents that are said to be about painting
 PROMPTS = {
     "paint": ["How do I paint a fence?", "How can I paint a door?"],
     "fold": ["How do I fold a shirt?", "Fold it."],
@@ -35,7 +36,8 @@ def random_sae(lm: LoadedModel, layer: int = LAYER, width: int = WIDTH, seed: in
 def live_view(**options: Any) -> FeatureBrowser:
     """The embedded chat model with a random SAE on two groups of prompts, opened by `browse`."""
     lm = load_model(str(MODEL), device="cpu", dtype="float32")
-    return browse(lm, random_sae(lm), PROMPTS, title="Live", **options)
+    chosen = {"paint": [i in CHOSEN for i in range(WIDTH)]}
+    return browse(lm, random_sae(lm), PROMPTS, title="Live", labels=chosen, **options)
 
 
 def hostile_judge(prompt: str, completion: Any) -> str:
