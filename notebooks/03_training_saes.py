@@ -92,8 +92,9 @@ print(f"L0 {(f > 0).sum(1).float().mean():.1f} latents per token, unexplained va
 #
 # ## 3 · Training
 #
-# `helpers.sae.training` uses sae-lens's own modules, losses and file format; only the loop is ours, because the default one logs and synchronises at each step.
-# Inputs are scaled to one mean norm while training, and the scale is folded back, so the saved SAE reads **raw** z. One SAE per layer:
+# `helpers.sae.training` uses sae-lens's own modules, losses and file format; the loop is ours, because the default one logs and synchronises at each step, and so are the gradients of batch
+# top-k, which touch the kept latents alone. Inputs are scaled to one mean norm while training, and the scale is folded back, so the saved SAE reads **raw** z. One SAE per layer
+# (`sites=` trains on other places, such as the residual stream, in the same pass; `architecture=` takes sae-lens's other five, or `"heads"` for one small SAE per head):
 
 # %%
 from helpers.sae.training import train_saes

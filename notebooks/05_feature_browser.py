@@ -147,8 +147,8 @@ view.selected = int(specific[0]) if len(specific) else best
 report.table([{"kind": kind, "latents": count} for kind, count in selection.counts().items()])
 
 # %% [markdown]
-# In the scatter the two kinds lie along the two axes, and next to nothing lies on the diagonal: on this model refusing and answering rightly are mostly pushed by *different* latents.
-# Two warnings. The points without a colour failed one of the rule's other conditions, however far out they lie. And attribution is a linear estimate: section 4 tests it.
+# In the scatter a latent along one axis pushes one behaviour alone, and one on a diagonal pushes both: kinds that keep to the axes mean that refusing and answering rightly are pushed by
+# *different* latents. Two warnings. The points without a colour failed one of the rule's other conditions, however far out they lie. And attribution is a linear estimate: section 4 tests it.
 #
 # Three things to do in the page:
 # - **Compare** any two groups: choose *wrong* with *right*, or *wrong* with *complied*. The list sorts itself by the new AUROC, and the page shows both groups' examples side by side.
