@@ -96,7 +96,7 @@ class Record:
     arms: tuple[Arm, ...] = field(repr=False)
 
     def matrix(self, measure: str, poison: float = 0.0, setting: float | None = None) -> np.ndarray:
-        """Test values [n_seeds, n_prompts] at a setting (default: the chosen one), seeds in order; ValueError if none."""
+        """Test values [n_seeds, n_prompts] at a setting (default: the chosen one), seeds in order; else ValueError."""
         setting = self.chosen if setting is None else setting
         arms = sorted((a for a in self.arms if (a.setting, a.poison) == (setting, poison)), key=lambda a: a.seed)
         if not arms:

@@ -78,7 +78,8 @@ def full(run: Run, lr: float) -> LoadedModel:
 def plain_updates(run: Run, part: float = 1.0) -> dict[str, Tensor]:
     """{module: ΔW float64} of plain LoRA after this part of its steps (quarters), trained once.
 
-    The rate's schedule is that of the whole run. ValueError for another part. Story: notebooks/06_orthogonal_finetuning.
+    The rate follows the schedule of the whole run. ValueError for another part.
+    Story: notebooks/06_orthogonal_finetuning.
     """
     if part not in QUARTERS:
         raise ValueError(f"Plain LoRA is kept after {QUARTERS} of its steps, not after {part}.")
