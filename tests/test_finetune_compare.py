@@ -48,8 +48,8 @@ def fakes(monkeypatch, tmp_path):
     none = lambda run, setting: None  # noqa: E731
     grids = {UNTUNED: (0,), LORA: (1,), "ours": (4, 16, 48)}
     monkeypatch.setattr(c, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
-    ran, level = [], {(UNTUNED, 0): (0.8, 0.5), (LORA, 1): (0.4, 0.8), ("ours", 4): (0.5, 0.8), ("ours", 16): (0.6, 0.79),
-                      ("ours", 48): (0.9, 0.6)}  # fmt: skip
+    ran, level = [], {(UNTUNED, 0): (0.8, 0.5), (LORA, 1): (0.4, 0.8), ("ours", 4): (0.5, 0.8),
+                      ("ours", 16): (0.6, 0.79), ("ours", 48): (0.9, 0.6)}  # fmt: skip
 
     def run_job(p, job):
         ran.append(job)

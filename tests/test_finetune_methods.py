@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.config import profile
-from helpers.finetune import anchors, methods, mixes, runs
+from helpers.finetune import aftermath, anchors, methods, mixes, runs
 from helpers.finetune.adapters import linear_layers
 from helpers.finetune.choosing import OnVal, choose
 from helpers.finetune.methods import METHODS, Method
@@ -346,3 +346,19 @@ def test_the_choice_refuses_most_among_those_that_keep_the_conditions():
     assert choose({7: good, 1: good}) == 7
     with pytest.raises(ValueError, match="no setting to choose from"):
         choose({})
+
+
+# ---- attack after defence
+
+
+def test_the_attack_trains_on_from_the_defended_model_and_leaves_it_as_it_is(run, monkeypatch):
+    monkeypatch.setattr(aftermath, "poisoned_mix", lambda n, poison, seed: [CHAT[i % len(CHAT)] for i in range(n)])
+    defended = METHODS["LoRA"].tune(run, 1)
+    before = weights(defended)
+    found = {steps: weights(lm) for steps, lm in aftermath.attack(defended, run, (2, 5))}
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(defended).items())
+    moves = {steps: sum((now[name] - before[name]).norm().item() for name in before) for steps, now in found.items()}
+    assert list(found) == [2, 5] and 0 < moves[2] < moves[5]
+    for bad in ((), (0, 5), (5, 2)):
+        with pytest.raises(ValueError, match="must increase from at least 1"):
+            next(aftermath.attack(defended, run, bad))

@@ -40,6 +40,8 @@ RESULTS = ROOT / "data" / "results" / "finetuning"
 SEEDS, POISON, POISON_SEEDS = (0, 1, 2, 3, 4), 0.1, (0, 1, 2)
 N_TASKS = 40  # of each task
 DEFAULT = "default-1"
+NEEDS_BASE = ("SafeLoRA", "SafeLoRA, shrunk only")
+"""Run on the default model alone: of the others the weights before their safety training are not here."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Job:
     setting: float
     poison: float = 0.0
     seed: int = 0
+
+    def __str__(self) -> str:
+        poison = f", {self.poison:.0%} poison" if self.poison else ""
+        return f"{self.method} at {self.setting:.3g}{poison}, seed {self.seed}"
 
 
 def look(lm: LoadedModel, p: Profile, split: str) -> dict[str, str]:
@@ -86,13 +92,11 @@ class Progress:
     def __init__(self, total: int) -> None:
         self.total, self.done, self.began = total, 0, time.perf_counter()
 
-    def step(self, job: Job) -> None:
-        """Count one arm."""
+    def step(self, what: object) -> None:
+        """Count one thing that was done."""
         self.done += 1
         left = (time.perf_counter() - self.began) / self.done * (self.total - self.done) / 60
-        poison = f", {job.poison:.0%} poison" if job.poison else ""
-        print(f"{self.done}/{self.total} {job.method} at {job.setting:.3g}{poison}, seed {job.seed}; "
-              f"about {left:.0f} minutes left", flush=True)  # fmt: skip
+        print(f"{self.done}/{self.total} {what}; about {left:.0f} minutes left", flush=True)
 
 
 def further(method: str, setting: float) -> list[Job]:
@@ -206,7 +210,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     for name in args.models:
         p = replace(PROFILES["organism"], model=there[name])
-        compare(p, args.methods, args.out if name == DEFAULT else args.out / name, args.workers, args.keep)
+        own = name == DEFAULT
+        methods = [method for method in args.methods if own or method not in NEEDS_BASE]
+        compare(p, methods, args.out if own else args.out / name, args.workers, args.keep)
 
 
 if __name__ == "__main__":
