@@ -11,7 +11,7 @@ from helpers.finetune import aftermath, anchors, methods, mixes, runs
 from helpers.finetune.adapters import linear_layers
 from helpers.finetune.choosing import OnVal, choose
 from helpers.finetune.methods import METHODS, Method
-from helpers.finetune.projected_lora import add_lora
+from helpers.finetune.projected_lora import ProjectedLora, add_lora
 from helpers.finetune.refusal_gradient import gradient_subspace, refusal_gradients
 from helpers.finetune.runs import Run
 from helpers.finetune.safe_lora import alignment_matrices, alignment_matrix, safe_lora
@@ -243,6 +243,21 @@ def test_a_moved_constraint_holds_from_then_on(tiny_folders, tmp_path):
     leaks = {kind: max(bases[name].leak(after[name] - before[name]) for name in bases)
              for kind, bases in (("old", old), ("new", new))}  # fmt: skip
     assert leaks["new"] < 1e-4 < 1e-2 < leaks["old"]
+
+
+def test_moving_a_constraint_projects_at_once(tiny_folders):
+    lm = load_model(tiny_folders["llama"])
+    new = module_bases(lm, RefusalSubspace(random_subspace(32, 4)))
+    model = add_lora(lm, rank=3, alpha=6.0, seed=0)
+    constraint = ProjectedLora(model)
+    constraint.move(new)
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    for name, where in new.items():
+        if where.side == "in":
+            a = layers[name].lora_A.default.weight
+            assert (a.double() @ where.basis).norm() < 1e-5 * a.norm()
+    with pytest.raises(ValueError, match="do not exist or carry no adapter"):
+        constraint.move({"nowhere": new[name]})
 
 
 # ---- replay
