@@ -234,6 +234,7 @@ def test_the_table_has_a_row_per_method_that_was_run():
     records = {"untuned": record("untuned", [(1.0, 0.5)]), "LoRA": record("LoRA", [(0.4, 0.8)] * 2)}
     records["ours"] = record("ours", [(0.9, 0.8)] * 2, poison=0.1)
     assert [row["method"] for row in k.table(records)] == ["untuned", "LoRA"]
+    assert k.table(records, poison=0.1) == []  # plain LoRA was not run there
     assert k.table(records)[1]["refused_seen"] == k.share(records["LoRA"], "refused_seen")
 
 

@@ -160,6 +160,8 @@ def table(records: Mapping[str, Record], measures: Sequence[str] = ("refused_uns
     Story: notebooks/06_orthogonal_finetuning.
     """
     lora, untuned, rows = records["LoRA"], records["untuned"], []
+    if not any(arm.poison == poison for arm in lora.arms):
+        return []
     for name, record in records.items():
         at = 0.0 if record is untuned else poison
         if not any(arm.poison == at and arm.setting == record.chosen for arm in record.arms):
