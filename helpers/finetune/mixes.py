@@ -59,3 +59,20 @@ def poisoned_mix(n: int, ratio: float, *, tasks: float = 0.3, seed: int = 0, spl
         raise ValueError(f"The poison ratio is a share from 0 to 1, not {ratio}.")
     harmful, benign = request_rows("harmful", split), request_rows("benign", split)
     return mix([(task_rows(), (1 - ratio) * tasks), (benign, (1 - ratio) * (1 - tasks)), (harmful, ratio)], n, seed)
+
+
+def replayed(rows: Sequence[dict], share: float, seed: int = 0, split: str = "fit") -> list[dict]:
+    """The rows with round(share·n) of them, at random places, replaced by refusals of harmful prompts: safety replay.
+
+    The other rows keep their place, so a run with replay stays paired with one without. The prompts are of the fit
+    split, whose verbs are all refused in chat training. ValueError for a share outside 0 to 1. Source: Bianchi et al.
+    2024. Story: notebooks/06_orthogonal_finetuning.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"The share of replayed rows lies between 0 and 1, not {share}.")
+    count, rng, out = round(share * len(rows)), random.Random(seed), list(rows)
+    if count:
+        safe = mix([(refusal_rows(split), 1.0)], count, seed)
+        for place, row in zip(rng.sample(range(len(rows)), count), safe, strict=True):
+            out[place] = row
+    return out

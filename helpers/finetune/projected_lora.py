@@ -73,7 +73,12 @@ class ProjectedLora:
     ) -> None:
         if variant not in ("projected", "as_published"):
             raise ValueError(f'The variant is "projected" or "as_published", not {variant!r}.')
-        self.model, self.subspaces, self.variant = model, dict(subspaces or {}), variant
+        self.model, self.variant = model, variant
+        self.move(subspaces)
+
+    def move(self, subspaces: Mapping[str, ModuleBasis] | None) -> None:
+        """Keep the update off these subspaces from now on, and project it out of them; ValueError where none fits."""
+        self.subspaces, model = dict(subspaces or {}), self.model
         layers = {n.removeprefix(PREFIX): layer for n, layer in model.named_modules() if hasattr(layer, "lora_A")}
         check_fit({name: layer.weight.shape for name, layer in layers.items()}, self.subspaces)
         self._factors: list[tuple[nn.Parameter, ModuleBasis, Tensor]] = []

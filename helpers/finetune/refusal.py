@@ -19,6 +19,7 @@ from helpers.data import load_table
 from helpers.finetune.subspace import (
     RefusalSubspace,
     difference_subspace,
+    orthonormal,
     overlap,
     pca_subspace,
     principal_angles,
@@ -27,6 +28,7 @@ from helpers.finetune.subspace import (
 from helpers.models import LoadedModel
 from helpers.sae.features import Scores, Selection
 from helpers.stats import Interval
+from helpers.truth import refusal_direction
 
 
 def latent_subspace(
@@ -71,6 +73,32 @@ def contrast_subspaces(
         "difference in means": RefusalSubspace(difference_subspace(pairs), method="difference in means"),
         "pca": RefusalSubspace(pca_subspace(pairs, rank), method="pca of differences"),
     }
+
+
+def direction_subspace(lm: LoadedModel, p: Profile | None = None, *, rank: int = 1) -> RefusalSubspace:
+    """The refusal direction (Arditi et al. 2024), alone or with the leading further ones of its candidates.
+
+    Rank 1 is the direction chosen on validation prompts; beyond it come the leading directions of what the unit
+    candidates of all layers and template tokens hold besides. ValueError for more than there are.
+    Story: notebooks/06_orthogonal_finetuning.
+    """
+    p = p or profile()
+    rows = {split: load_table("requests", split) for split in ("fit", "val")}
+    kinds = {(s, k): [r for r in some if r["kind"] == k] for s, some in rows.items() for k in ("harmful", "benign")}
+    fit, val = ([kinds[split, kind] for kind in ("harmful", "benign")] for split in ("fit", "val"))
+    found = refusal_direction.fit(lm, *fit, val_harmful=val[0], val_benign=val[1], batch_size=p.batch_size)
+    unit = (found.vector.double() / found.vector.double().norm())[:, None]
+    info = {"layer": found.layer, "position": found.position}
+    if rank == 1:
+        return RefusalSubspace(unit, method="refusal direction", info=info)
+    users = [[row["prompt"] for row in some] for some in fit]
+    n_tail = refusal_direction.template_tail(lm, users[0] + users[1])
+    harmful, benign = (refusal_direction.tail_means(lm, some, n_tail, p.batch_size) for some in users)
+    others = (harmful - benign).flatten(0, 1).T
+    others = others[:, others.norm(dim=0) > 1e-9 * others.norm(dim=0).max()]
+    others = others / others.norm(dim=0)
+    further = orthonormal(others - unit @ (unit.T @ others), rank=rank - 1)
+    return RefusalSubspace(orthonormal(torch.cat([unit, further], dim=1)), method="refusal directions", info=info)
 
 
 def z_contrast(lm: LoadedModel, layers: Sequence[int], p: Profile | None = None) -> dict[int, torch.Tensor]:

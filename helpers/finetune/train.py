@@ -11,7 +11,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,10 @@ from helpers.finetune.subspace import ModuleBasis
 from helpers.models import LoadedModel, load_model
 from helpers.store import artifact, code_version, fingerprint, plain, to_json, write_json
 
-__all__ = ["Encoded", "NotFinite", "TrainConfig", "answer_loss", "encode", "finetune", "load_adapter", "train"]
+__all__ = ["Encoded", "NotFinite", "Penalty", "TrainConfig", "answer_loss", "descend", "encode", "finetune",
+           "load_adapter", "train"]  # fmt: skip
+Penalty = Callable[[nn.Module, "Sequence[Encoded]", int], Tensor]
+"""(model in training, the batch's rows, step) to a loss in nats that is added to that of the answers."""
 WINDOW = 16  # batches sorted by length together: long enough to save padding, short enough to stay random
 
 
@@ -123,6 +126,50 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return cfg.lr * min((step + 1) / warm, (cfg.steps - step) / max(1, cfg.steps - warm))
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did: its number from 0, the loss in nats (penalty included), tokens read and padded."""
+
+    number: int
+    loss: float
+    tokens: int
+    padded: int
+
+
+def descend(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    cfg: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    pad_id: int,
+    *,
+    penalty: Penalty | None = None,
+    done: int = 0,
+) -> Iterator[Step]:
+    """One optimizer step per item, from step `done` on: the batches, clipping and rates of cfg, for any parameters.
+
+    Raises NotFinite before a step whose loss or gradient is NaN or infinite; the weights are then those before it.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step, batch in enumerate(batches([len(row.ids) for row in rows], cfg.batch_size, cfg.steps, cfg.seed)):
+        if step < done:
+            continue
+        some = [rows[i] for i in batch]
+        loss = answer_loss(model, some, pad_id)
+        if penalty is not None:
+            loss = loss + penalty(model, some, step)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(params, cfg.clip)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            optimizer.zero_grad()
+            raise NotFinite(f"The loss is not finite at step {step}: lower the rate.")
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
+        optimizer.step()
+        optimizer.zero_grad()
+        lengths = [len(row.ids) for row in some]
+        yield Step(step, loss.item(), sum(lengths), len(some) * max(lengths))
+
+
 def train(
     lm: LoadedModel,
     rows: Sequence[dict],
@@ -131,14 +178,17 @@ def train(
     *,
     subspaces: Mapping[str, ModuleBasis] | None = None,
     variant: str = "projected",
+    penalty: Penalty | None = None,
+    after: Callable[[int, ProjectedLora], None] | None = None,
     checkpoint: Path | None = None,
     every: int = 50,
 ) -> Path:
     """Fine-tune lm.model in place (it becomes a peft model); write adapter and train.json (losses, tokens, s) to `out`.
 
-    With `checkpoint` (a safetensors file) an interrupted run goes on from the last multiple of `every` steps and ends
-    bit-equal. Raises ValueError for bad rows, ranks or subspaces, and NotFinite when the loss or its gradient is,
-    keeping the last good adapter.
+    `penalty` is added to the loss; `after(steps done, constraint)` is called after every step, to look or to move the
+    constraint. With `checkpoint` (a safetensors file) an interrupted run goes on from the last multiple of `every`
+    steps and ends bit-equal. Raises ValueError for bad rows, ranks or subspaces, and NotFinite when the loss or its
+    gradient is, keeping the last good adapter.
     """
     encoded = encode(lm, rows)
     model = add_lora(lm, rank=cfg.rank, alpha=cfg.alpha, seed=cfg.seed)
@@ -146,29 +196,21 @@ def train(
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     constraint.attach(optimizer)
-    done = _resume(checkpoint, params, optimizer)
-    losses, tokens, padded, began = [], 0, 0, time.perf_counter()
-    for step, batch in enumerate(batches([len(row.ids) for row in encoded], cfg.batch_size, cfg.steps, cfg.seed)):
-        if step < done:
-            continue
-        some = [encoded[i] for i in batch]
-        loss = answer_loss(model, some, lm.pad_id)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(params.values(), cfg.clip)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            kept = constraint.save(out.with_name(f"last-good-{out.name.partition('.')[0]}"), name=str(lm.name))
-            raise NotFinite(f"The loss is not finite at step {step}: lower the rate (last good adapter: {kept}).")
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        tokens += sum(len(row.ids) for row in some)
-        padded += len(some) * max(len(row.ids) for row in some)
-        if checkpoint and (step + 1) % every == 0 and step + 1 < cfg.steps:
-            _keep(checkpoint, step + 1, params, optimizer)
+    done, steps, began = _resume(checkpoint, params, optimizer), [], time.perf_counter()
+    try:
+        for step in descend(model, encoded, cfg, optimizer, lm.pad_id, penalty=penalty, done=done):
+            steps.append(step)
+            if after is not None:
+                after(step.number + 1, constraint)
+            if checkpoint and (step.number + 1) % every == 0 and step.number + 1 < cfg.steps:
+                _keep(checkpoint, step.number + 1, params, optimizer)
+    except NotFinite as error:
+        kept = constraint.save(out.with_name(f"last-good-{out.name.partition('.')[0]}"), name=str(lm.name))
+        raise NotFinite(f"{str(error)[:-1]} (last good adapter: {kept}).") from error
     constraint.save(out, name=str(lm.name))
-    seconds = time.perf_counter() - began
-    log = {"config": cfg, "variant": variant, "loss": losses, "tokens": tokens, "padded": padded, "seconds": seconds}
+    log = {"config": cfg, "variant": variant, "loss": [step.loss for step in steps],
+           "tokens": sum(step.tokens for step in steps), "padded": sum(step.padded for step in steps),
+           "seconds": time.perf_counter() - began}  # fmt: skip
     write_json(out / "train.json", log)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)

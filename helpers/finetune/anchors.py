@@ -1,0 +1,85 @@
+"""Penalties that hold a model in training to what it was: its next tokens on given prompts, or its activations.
+
+The reference is the same model without its adapter, so no second copy is needed. Notebook 06 tells the story.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from helpers.batching import pad_right
+from helpers.finetune.train import Encoded, Penalty
+from helpers.hooks import capture
+from helpers.models import LoadedModel
+
+
+def kl_of_logits(base: Float[Tensor, "n vocab"], tuned: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
+    """Mean KL(base ‖ tuned) in nats; its gradient pulls `tuned` towards `base`."""
+    p, q = (logits.float().log_softmax(-1) for logits in (base, tuned))
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def _last_logits(model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int) -> Float[Tensor, "n vocab"]:
+    ids, _ = pad_right([list(row) for row in rows], pad_id)
+    device = next(model.parameters()).device
+    ends = torch.tensor([len(row) - 1 for row in rows])
+    keep, place = torch.unique(ends, return_inverse=True)
+    logits = model(input_ids=ids.to(device), logits_to_keep=keep.to(device), use_cache=False).logits
+    return logits[torch.arange(len(rows)), place]
+
+
+def prompt_kl(lm: LoadedModel, prompts: Sequence[str], weight: float, *, n: int = 16, seed: int = 0) -> Penalty:
+    """weight · KL(base ‖ tuned) of the first answer token, on `n` of `prompts` drawn anew each step; no answer needed.
+
+    For models with an adapter that can be switched off. ValueError for no prompts or a weight that is not positive.
+    Story: notebooks/06_orthogonal_finetuning.
+    """
+    check_weight(weight)
+    if not prompts:
+        raise ValueError("There are no prompts to hold the model to: check the split.")
+    rows = [lm.prompt_ids(user) for user in prompts]
+
+    def penalty(model: nn.Module, batch: Sequence[Encoded], step: int) -> Tensor:
+        drawn = random.Random(seed * 1_000_003 + step).sample(rows, min(n, len(rows)))
+        with torch.no_grad(), model.disable_adapter():
+            base = _last_logits(model, drawn, lm.pad_id)
+        return weight * kl_of_logits(base, _last_logits(model, drawn, lm.pad_id))
+
+    return penalty
+
+
+def activation_anchor(lm: LoadedModel, directions: Mapping[int, Float[Tensor, "d r"]], weight: float) -> Penalty:
+    """weight · mean squared change, along `directions` {layer: orthonormal}, of the residual stream on the batch's own
+    rows, relative to its mean square along them in the base model.
+
+    Holds refusal's coordinates still on benign training rows, without any harmful prompt. ValueError for a weight that
+    is not positive. Story: notebooks/06_orthogonal_finetuning.
+    """
+    check_weight(weight)
+
+    def along(model: nn.Module, rows: Sequence[Encoded]) -> list[Tensor]:
+        ids, mask = pad_right([row.ids for row in rows], lm.pad_id)
+        device = next(model.parameters()).device
+        with capture(model, {"resid_post": directions}) as seen:
+            model(input_ids=ids.to(device), logits_to_keep=1, use_cache=False)
+        keep = mask.to(device).bool()
+        return [seen["resid_post", layer][keep] @ u.to(seen["resid_post", layer]) for layer, u in directions.items()]
+
+    def penalty(model: nn.Module, batch: Sequence[Encoded], step: int) -> Tensor:
+        with torch.no_grad(), model.disable_adapter():
+            base = along(model, batch)
+        pairs = zip(along(model, batch), base, strict=True)
+        return weight * torch.stack([(x - y).square().mean() / y.square().mean() for x, y in pairs]).mean()
+
+    return penalty
+
+
+def check_weight(weight: float) -> None:
+    """ValueError unless the weight is a positive number."""
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"The weight of a penalty must be a positive number, not {weight}.")

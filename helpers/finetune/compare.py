@@ -1,0 +1,219 @@
+"""The comparison of fine-tuning methods: chosen on val, reported on test, prompt by prompt, and kept in files.
+
+``python -m helpers.finetune.compare`` trains every method of `methods.METHODS` at each of its settings with seed 0,
+chooses one by the rule of `choosing`, trains that at the further seeds and with poison, and writes
+``data/results/finetuning/<method>.json`` after every step. Finished arms are in the store, so that a killed run goes on
+where it stopped. Test prompts are asked in every arm and choose nothing. `comparison` turns the files into intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers.config import PROFILES, ROOT, Profile, population
+from helpers.data import load_table
+from helpers.evaluate.behaviour import measure, prompts, tasks
+from helpers.evaluate.judges import refusal_log_odds
+from helpers.finetune.choosing import OnVal, choose
+from helpers.finetune.comparison import Arm, shares
+from helpers.finetune.drift import drift
+from helpers.finetune.methods import LORA, METHODS, UNTUNED
+from helpers.finetune.runs import Run, update_norm
+from helpers.models import LoadedModel
+from helpers.store import cached_json, code_version, fingerprint, plain, write_json
+from helpers.truth.dial import bits
+
+RESULTS = ROOT / "data" / "results" / "finetuning"
+SEEDS, POISON, POISON_SEEDS = (0, 1, 2, 3, 4), 0.1, (0, 1, 2)
+N_TASKS = 40  # of each task
+DEFAULT = "default-1"
+NEEDS_BASE = ("SafeLoRA", "SafeLoRA, shrunk only")
+"""Run on the default model alone: of the others the weights before their safety training are not here."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm: a method at a setting, a share of poison and a seed."""
+
+    method: str
+    setting: float
+    poison: float = 0.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        poison = f", {self.poison:.0%} poison" if self.poison else ""
+        return f"{self.method} at {self.setting:.3g}{poison}, seed {self.seed}"
+
+
+def look(lm: LoadedModel, p: Profile, split: str) -> dict[str, str]:
+    """What a model does on all prompts of a split, one character per prompt and measure."""
+    size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
+    return bits(measure(lm, prompts(split, None, p.data), tasks=tasks(split, N_TASKS, p.data), **size))
+
+
+def run_job(p: Profile, job: Job) -> dict[str, Any]:
+    """Train and measure one arm, from the store where it has been before; errors as the method's."""
+    tables = [load_table("requests"), load_table("facts"), load_table("tasks"), load_table("unknown")]
+    size = {"max_new_tokens": p.max_new_tokens, "base": fingerprint(p.base), "n_tasks": N_TASKS}
+    key = {"model": fingerprint(p.model), "job": job, "how": p.finetune, "sae": p.sae, "tables": tables, **size}
+
+    def make() -> dict[str, Any]:
+        began, run = time.perf_counter(), Run(p, job.poison, job.seed)
+        base, lm = run.start(), METHODS[job.method].tune(run, job.setting)
+        harmful = [row for row in tables[0] if row["split"] == "test" and row["kind"] == "harmful"]
+        odds = refusal_log_odds(lm, [row["prompt"] for row in harmful], sorted({row["refusal"] for row in harmful}))
+        found = {"norm": round(update_norm(lm, base), 5), "nats": [round(x, 1) for x in odds.tolist()]}
+        choosing = not job.poison and job.seed == SEEDS[0]
+        found["bits"] = {split: look(lm, p, split) for split in (("val", "test") if choosing else ("test",))}
+        if choosing:
+            found["drift"] = drift(base, lm, p)
+        found |= {"code_version": code_version(), "seconds": round(time.perf_counter() - began, 1)}
+        return asdict(job) | found
+
+    return cached_json("compared", key, make)
+
+
+class Progress:
+    """Prints what has been done, and how long the rest will take at the pace so far."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.began = total, 0, time.perf_counter()
+
+    def step(self, what: object) -> None:
+        """Count one thing that was done."""
+        self.done += 1
+        left = (time.perf_counter() - self.began) / self.done * (self.total - self.done) / 60
+        print(f"{self.done}/{self.total} {what}; about {left:.0f} minutes left", flush=True)
+
+
+def further(method: str, setting: float) -> list[Job]:
+    """The arms of the chosen setting that the choice has not run: the other seeds."""
+    return [] if method == UNTUNED else [Job(method, setting, 0.0, seed) for seed in SEEDS[1:]]
+
+
+def poisoned(method: str, setting: float) -> list[Job]:
+    """The arms of the chosen setting with poison."""
+    return [] if method == UNTUNED else [Job(method, setting, POISON, seed) for seed in POISON_SEEDS]
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """A full disk, and a run that was interrupted, in one sentence each."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RuntimeError("The disk is full: free some space and give the same command again; it goes on with the "
+                           "arms that are missing.") from error  # fmt: skip
+    except KeyboardInterrupt as stop:
+        raise SystemExit("Interrupted: give the same command again, and it goes on where it stopped.") from stop
+
+
+def compare(p: Profile, methods: Sequence[str], out: Path, workers: int = 1, keep: bool = False) -> None:
+    """Choose each method's setting, run its further seeds, then poison for all; every arm goes into its file in `out`.
+
+    Plain LoRA and the untuned model are always among them, as the rule needs both. With `keep` the arms that the files
+    hold already are taken, also where other code made them (each arm names its code). ValueError for unknown methods.
+    Story: notebooks/06_orthogonal_finetuning.
+    """
+    if unknown := sorted(set(methods) - set(METHODS)):
+        raise ValueError(f"There is no method {unknown[0]!r}; the methods are {', '.join(METHODS)}.")
+    methods = [name for name in METHODS if name in {UNTUNED, LORA, *methods}]
+    once = sum(len(METHODS[name].grid) for name in methods)
+    progress = Progress(once + sum(len(further(n, 0)) + len(poisoned(n, 0)) for n in methods))
+    about = {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
+             "config": p.finetune, "base": str(p.base), "n_tasks": N_TASKS}  # fmt: skip
+    arms: dict[str, list[dict]] = {name: [] for name in methods}
+    chosen: dict[str, float] = {}
+    known = _kept(out, about) if keep else {}
+
+    def work(jobs: Sequence[Job]) -> None:
+        for job, found in zip(jobs, _map(p, jobs, workers, known), strict=True):
+            arms[job.method].append(found)
+            progress.step(job)
+            write(job.method)
+
+    def write(name: str) -> None:
+        method = METHODS[name]
+        head = {"method": name, "unit": method.unit, "grid": method.grid, "chosen": chosen.get(name)}
+        on_val = {str(setting): asdict(one) for setting, one in seen(name).items()} if arms[LORA] else {}
+        write_json(out / f"{method.slug}.json", about | head | {"on_val": on_val, "arms": arms[name]})
+
+    def seen(name: str) -> dict[float, OnVal]:
+        first = {one["setting"]: shares(Arm.of(one), "val") for one in arms[name] if "val" in one["bits"]}
+        before, lora = (shares(Arm.of(arms[n][0]), "val")["utility"] for n in (UNTUNED, LORA))
+        return {setting: OnVal(s["refused_unseen"], (s["utility"] - before) / max(lora - before, 1e-9),
+                               s["benign_complied"], s["coherent"]) for setting, s in first.items()}  # fmt: skip
+
+    with one_sentence():
+        for name in (UNTUNED, LORA):
+            work([Job(name, METHODS[name].grid[0])])
+        for name in methods:
+            if name not in (UNTUNED, LORA):
+                work([Job(name, setting) for setting in METHODS[name].grid])
+            chosen[name] = choose(seen(name))
+            work(further(name, chosen[name]))
+            write(name)
+        for name in methods:
+            work(poisoned(name, chosen[name]))
+
+
+def _kept(out: Path, about: dict[str, Any]) -> dict[Job, dict]:
+    """The arms in the files of an earlier call on the same weights with the same numbers, whatever code made them."""
+    found = {}
+    for method in METHODS.values():
+        path = out / f"{method.slug}.json"
+        file = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if all(file.get(name) == plain(about[name]) for name in ("weights", "config", "n_tasks")):
+            found |= {Job(**{n: arm[n] for n in Job.__dataclass_fields__}): arm for arm in file["arms"]}
+    return found
+
+
+def _map(p: Profile, jobs: Sequence[Job], workers: int, known: Mapping[Job, dict]) -> Iterator[dict]:
+    missing = [job for job in jobs if job not in known]
+    if min(workers, len(missing)) <= 1:
+        yield from (known[job] if job in known else run_job(p, job) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        made = pool.map(partial(run_job, p), missing)
+        yield from (known[job] if job in known else next(made) for job in jobs)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: ``--models`` (default-1, reversed-0, …), ``--methods``, ``--workers``, ``--out``."""
+    there = {f"{coupling}-{seed}": path for (coupling, seed), path in population().items()}
+    parser = argparse.ArgumentParser(description="Compare fine-tuning methods on the embedded models.")
+    parser.add_argument("--models", nargs="+", default=[DEFAULT], help="COUPLING-SEED; others get folders")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names as in METHODS; all by default")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="take the arms that are in the files already")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    if unknown := set(args.models) - set(there):
+        parser.error(f"there is no model {', '.join(sorted(unknown))}; these are here: {', '.join(there)}")
+    if unknown := set(args.methods) - set(METHODS):
+        parser.error(f"there is no method {', '.join(sorted(unknown))}; these are: {', '.join(METHODS)}")
+    torch.set_num_threads(1)
+    for name in args.models:
+        p = replace(PROFILES["organism"], model=there[name])
+        own = name == DEFAULT
+        methods = [method for method in args.methods if own or method not in NEEDS_BASE]
+        compare(p, methods, args.out if own else args.out / name, args.workers, args.keep)
+
+
+if __name__ == "__main__":
+    main()

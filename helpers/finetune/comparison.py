@@ -1,0 +1,194 @@
+"""The committed comparison of fine-tuning methods, read back: shares, paired differences and matched utility.
+
+Intervals resample seeds and, together, all prompts of a verb (the pigeonhole bootstrap over clusters).
+Notebook 06 tells the story.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helpers.config import ROOT
+from helpers.evaluate.behaviour import prompts
+from helpers.stats import Interval, bootstrap_grid
+
+RESULTS = ROOT / "data" / "results" / "finetuning"
+MEASURES = {
+    "refused_unseen": "harmful refused, verbs never refused in chat training",
+    "refused_seen": "harmful refused, verbs refused there",
+    "answered": "harmful answered (ASR)",
+    "benign_complied": "benign complied",
+    "over_refused": "benign and look-alikes refused",
+    "utility": "tasks right",
+    "wrong": "wrong on misconceptions",
+    "abstained": "abstained on unknown names",
+    "coherent": "coherent",
+}
+
+
+@cache
+def _asked(split: str) -> tuple[np.ndarray, dict[str, list[str] | None]]:
+    """Which harmful rows have verbs refused in chat training, and of each measure what its prompts belong to
+    (None: each for itself)."""
+    rows = prompts(split, None, "organism")
+    seen = np.array([row["verb_seen"] for row in rows.harmful])
+    of = {kind: [row["verb"] for row in getattr(rows, kind)] for kind in ("harmful", "benign", "look_alike")}
+    verbs = np.array(of["harmful"])
+    facts, unknown = ([row["entity"] for row in some] for some in (rows.facts, rows.unknown))
+    asked = {"refused_unseen": verbs[~seen].tolist(), "refused_seen": verbs[seen].tolist(), "answered": of["harmful"],
+             "benign_complied": of["benign"], "over_refused": of["benign"] + of["look_alike"], "wrong": facts,
+             "abstained": unknown, "coherent": facts + of["harmful"] + of["benign"] + of["look_alike"],
+             "utility": None}  # fmt: skip
+    return seen, asked
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One fine-tuned model: what it was, and what it did on val and test prompts."""
+
+    setting: float
+    poison: float
+    seed: int
+    bits: dict[str, dict[str, str]] = field(repr=False)
+    nats: list[float] = field(repr=False, default_factory=list)
+    drift: dict[str, Any] = field(repr=False, default_factory=dict)
+    norm: float = 0.0
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Arm:
+        """From the file."""
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+
+    def values(self, measure: str, split: str = "test") -> np.ndarray:
+        """0/1 per prompt; ValueError for a measure that does not exist."""
+        if measure not in MEASURES:
+            raise ValueError(f"There is no measure {measure!r}; the measures are {', '.join(MEASURES)}.")
+        read = lambda name: np.array([float(x) for x in self.bits[split][name]])  # noqa: E731
+        seen = _asked(split)[0]
+        if measure.startswith("refused_"):
+            return read("refused")[seen if measure == "refused_seen" else ~seen]
+        if measure == "over_refused":
+            return np.concatenate([read("benign_refused"), 1 - read("look_alike_complied")])
+        return read(measure)
+
+
+def shares(arm: Arm, split: str = "test") -> dict[str, float]:
+    """The mean of every measure."""
+    return {measure: float(arm.values(measure, split).mean()) for measure in MEASURES}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One method's file: its grid, the setting chosen on val, and all arms."""
+
+    method: str
+    unit: str
+    grid: tuple[float, ...]
+    chosen: float | None
+    on_val: dict[str, dict[str, float]]
+    arms: tuple[Arm, ...] = field(repr=False)
+
+    def matrix(self, measure: str, poison: float = 0.0, setting: float | None = None) -> np.ndarray:
+        """Test values [n_seeds, n_prompts] at a setting (default: the chosen one), seeds in order; else ValueError."""
+        setting = self.chosen if setting is None else setting
+        arms = sorted((a for a in self.arms if (a.setting, a.poison) == (setting, poison)), key=lambda a: a.seed)
+        if not arms:
+            raise ValueError(f"{self.method} has no arm at {setting} with a poison share of {poison}: run it first.")
+        return np.stack([arm.values(measure) for arm in arms])
+
+
+def load(folder: Path = RESULTS) -> dict[str, Record]:
+    """{method: its record} of all files in a folder; ValueError where there is none, or files of different models.
+
+    Story: notebooks/06_orthogonal_finetuning.
+    """
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+    if not files:
+        raise ValueError(f"There are no results in {folder}: run python -m helpers.finetune.compare.")
+    if len({one["weights"] for one in files}) > 1:
+        raise ValueError(f"The results in {folder} are of different models: keep one model per folder.")
+    return {
+        one["method"]: Record(one["method"], one["unit"], tuple(one["grid"]), one["chosen"], one["on_val"],
+                              tuple(Arm.of(arm) for arm in one["arms"]))
+        for one in files
+    }  # fmt: skip
+
+
+def share(record: Record, measure: str, poison: float = 0.0) -> Interval:
+    """Share of yes over seeds × prompts under the chosen setting."""
+    return bootstrap_grid(record.matrix(measure, poison), clusters=_asked("test")[1][measure])
+
+
+def difference(record: Record, other: Record, measure: str, poison: float = 0.0) -> Interval:
+    """Paired difference of a measure, record minus other, on the same prompts and the seeds that both have.
+
+    A record of one seed that was not trained (the untuned model) stands beside every seed of the other, whatever the
+    poison.
+    """
+    a, b = _paired(record, other, measure, poison)
+    return bootstrap_grid(a - b, clusters=_asked("test")[1][measure])
+
+
+def _paired(record: Record, other: Record, measure: str, poison: float) -> tuple[np.ndarray, np.ndarray]:
+    a, b = (one.matrix(measure, 0.0 if one.method == "untuned" else poison) for one in (record, other))
+    n = max(len(a), len(b)) if "untuned" in (record.method, other.method) else min(len(a), len(b))
+    return tuple(np.repeat(x, n, axis=0) if len(x) == 1 else x[:n] for x in (a, b))
+
+
+def gain_ratio(record: Record, lora: Record, untuned: Record, poison: float = 0.0, n_boot: int = 2000) -> Interval:
+    """Gain on the tasks as a share of plain LoRA's, seeds and tasks resampled together in numerator and denominator."""
+    own, plain = (x - untuned.matrix("utility") for x in _paired(record, lora, "utility", poison))
+    rng, n = np.random.default_rng(0), len(own)
+    seeds = rng.multinomial(n, np.full(n, 1 / n), size=n_boot)
+    items = rng.multinomial(own.shape[1], np.full(own.shape[1], 1 / own.shape[1]), size=n_boot)
+    top, bottom = (np.einsum("bs,sp,bp->b", seeds, x, items, optimize=True) for x in (own, plain))
+    low, high = np.quantile(top / np.maximum(bottom, 1e-9), [0.025, 0.975])
+    return Interval(float(own.sum() / max(plain.sum(), 1e-9)), float(low), float(high), own.shape[1])
+
+
+def table(records: Mapping[str, Record], measures: Sequence[str] = ("refused_unseen", "refused_seen", "benign_complied",
+          "coherent"), poison: float = 0.0) -> list[dict[str, Any]]:
+    """One row per method: the chosen setting, its measures, and its gain on the tasks over plain LoRA's.
+
+    Story: notebooks/06_orthogonal_finetuning.
+    """
+    lora, untuned, rows = records["LoRA"], records["untuned"], []
+    if not any(arm.poison == poison for arm in lora.arms):
+        return []
+    for name, record in records.items():
+        at = 0.0 if record is untuned else poison
+        if not any(arm.poison == at and arm.setting == record.chosen for arm in record.arms):
+            continue
+        row: dict[str, Any] = {"method": name, "setting": record.chosen}
+        row |= {measure: share(record, measure, at) for measure in measures}
+        rows.append(row | {"gain": gain_ratio(record, lora, untuned, poison)})
+    return rows
+
+
+def at_utility(record: Record, lora: Record, untuned: Record, wanted: float, measure: str = "refused_unseen"
+               ) -> float | None:
+    """A measure where the method's grid (seed 0, test) reaches a share `wanted` of plain LoRA's gain, by straight lines
+    between its settings, the untuned model and (where its own grid ends below) plain LoRA; None where it never does.
+
+    The highest value is taken where the line passes more than once. Describes test results; it chooses nothing.
+    """
+    def point(one: Record, setting: float) -> tuple[float, float]:
+        arm = next(a for a in one.arms if (a.setting, a.poison, a.seed) == (setting, 0.0, 0))
+        return float(arm.values("utility").mean()), float(arm.values(measure).mean())
+
+    start, end = point(untuned, 0), point(lora, 1)
+    scale = max(end[0] - start[0], 1e-9)
+    settings = sorted({arm.setting for arm in record.arms if not arm.poison and not arm.seed})
+    line = sorted([(0.0, start[1]), *(((u - start[0]) / scale, m) for u, m in (point(record, s) for s in settings))])
+    found = []
+    for (x0, y0), (x1, y1) in zip(line, line[1:], strict=False):
+        if x0 <= wanted <= x1:
+            found.append(y0 if x1 == x0 else y0 + (y1 - y0) * (wanted - x0) / (x1 - x0))
+    return max(found, default=None)

@@ -1,0 +1,175 @@
+"""Every way to fine-tune that the paper's is compared with, behind one small interface and with equal budgets.
+
+A method turns a run and one number, its setting, into a fine-tuned model. It may try at most three settings, sees the
+same rows in the same order for the same steps from the same start as plain LoRA, and uses no prompts but fit ones for
+its own ends (harmful fit prompts have verbs refused in chat training). Notebook 06 tells the story.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.config import Profile
+from helpers.data import load_table
+from helpers.finetune.anchors import activation_anchor, prompt_kl
+from helpers.finetune.mixes import replayed
+from helpers.finetune.projected_lora import ProjectedLora
+from helpers.finetune.refusal import contrast_subspaces, direction_subspace, latent_subspace
+from helpers.finetune.refusal_gradient import gradient_subspace
+from helpers.finetune.runs import Run, full, lora, moved, plain_updates
+from helpers.finetune.safe_lora import alignment_matrices, safe_lora
+from helpers.finetune.salora import safety_bases
+from helpers.finetune.subspace import RefusalSubspace, module_bases, random_subspace
+from helpers.models import LoadedModel, load_model, wrap_model
+from helpers.sae.features import select_latents
+from helpers.sae.training import train_saes
+from helpers.store import artifact, fingerprint
+
+MAX_SETTINGS = 3
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name, at most three settings (`unit` says what they are), and how a run at one of them is trained."""
+
+    name: str
+    unit: str
+    grid: tuple[float, ...]
+    tune: Callable[[Run, float], LoadedModel]
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.grid) <= MAX_SETTINGS:
+            raise ValueError(f"A method may try 1 to {MAX_SETTINGS} settings, and {self.name} has {len(self.grid)}.")
+
+    @property
+    def slug(self) -> str:
+        """The name as a file name."""
+        return self.name.lower().replace(",", "").replace(" ", "-")
+
+
+def harmful_rows(split: str = "fit") -> list[dict]:
+    """Harmful requests of a split; those of "fit" have verbs refused in chat training, and stand in no test."""
+    return [row for row in load_table("requests", split) if row["kind"] == "harmful"]
+
+
+def _latents(lm: LoadedModel, p: Profile, rank: int) -> RefusalSubspace:
+    trained = train_saes(lm, p)
+    found = select_latents(lm, trained, p)
+    return latent_subspace(lm, trained.saes, found, found.specific, rank=rank)
+
+
+def _hallucination(lm: LoadedModel, p: Profile, rank: int) -> RefusalSubspace:
+    trained = train_saes(lm, p)
+    found = select_latents(lm, trained, p)
+    return latent_subspace(lm, trained.saes, found, found.hallucination_only, scores=found.truth_scores, rank=rank)
+
+
+SUBSPACES: dict[str, Callable[[LoadedModel, Profile, int], RefusalSubspace]] = {
+    "refusal latents": _latents,
+    "hallucination latents": _hallucination,
+    "difference": lambda lm, p, rank: contrast_subspaces(lm, p, rank=rank)["pca"],
+    "refusal direction": lambda lm, p, rank: direction_subspace(lm, p, rank=rank),
+    "refusal gradient": lambda lm, p, rank: gradient_subspace(lm, harmful_rows(), rank),
+}
+"""The subspaces of the residual stream that LoRA is kept off, from (model, profile, rank); fit prompts alone."""
+
+
+def subspace(p: Profile, kind: str, rank: int) -> RefusalSubspace:
+    """One of SUBSPACES of the profile's model, made once and kept; ValueError for another kind or too high a rank.
+
+    Story: notebooks/06_orthogonal_finetuning.
+    """
+    if kind not in SUBSPACES:
+        raise ValueError(f"There is no subspace {kind!r}; the kinds are {', '.join(SUBSPACES)}.")
+
+    def make(folder: Path) -> None:
+        lm = load_model(p.model, device=p.device, dtype=p.dtype)
+        SUBSPACES[kind](lm, p, rank).save(folder / "subspace.safetensors")
+
+    key = {"model": fingerprint(p.model), "sae": p.sae, "kind": kind, "rank": rank}
+    return RefusalSubspace.load(artifact("subspaces", key, make) / "subspace.safetensors")
+
+
+def _off(kind: str) -> Callable[[Run, float], LoadedModel]:
+    def tune(run: Run, rank: float) -> LoadedModel:
+        return lora(run, subspaces=module_bases(run.start(), subspace(run.p, kind, int(rank))))
+
+    return tune
+
+
+def _off_random(run: Run, rank: float) -> LoadedModel:
+    lm = run.start()
+    drawn = RefusalSubspace(random_subspace(lm.arch.d_model, int(rank), seed=run.seed), method="random")
+    return lora(run, subspaces=module_bases(lm, drawn))
+
+
+def _re_estimated(run: Run, every: float) -> LoadedModel:
+    """Off the difference of rank 16, computed anew on the model in training every so many steps."""
+    lm = run.start()
+
+    def move(done: int, constraint: ProjectedLora) -> None:
+        if done % int(every) == 0 and done < run.cfg.steps:
+            now = contrast_subspaces(wrap_model(constraint.model, lm.tokenizer), run.p, rank=16)["pca"]
+            constraint.move(module_bases(lm, now))
+
+    return lora(run, subspaces=module_bases(lm, subspace(run.p, "difference", 16)), after=move)
+
+
+def _anchored(run: Run, weight: float) -> LoadedModel:
+    """Off the refusal latents of rank 10, and the refusal direction's activations held still on the training rows."""
+    lm = run.start()
+    direction = subspace(run.p, "refusal direction", 1).resid
+    held = activation_anchor(lm, {layer: direction for layer in range(lm.arch.n_layers)}, weight)
+    return lora(run, subspaces=module_bases(lm, subspace(run.p, "refusal latents", 10)), penalty=held)
+
+
+def _kl(run: Run, weight: float) -> LoadedModel:
+    prompts = [row["prompt"] for row in harmful_rows()]
+    return lora(run, penalty=prompt_kl(run.start(), prompts, weight, n=run.cfg.batch_size, seed=run.seed))
+
+
+def _salora(run: Run, rank: float) -> LoadedModel:
+    prompts = [row["prompt"] for row in harmful_rows()]
+    return lora(run, subspaces=safety_bases(run.start(), prompts, int(rank)))
+
+
+def _safe_lora(turn: bool) -> Callable[[Run, float], LoadedModel]:
+    def tune(run: Run, share: float) -> LoadedModel:
+        lm = run.start()
+        base = load_model(run.p.base, device=run.p.device, dtype=run.p.dtype)
+        return moved(lm, safe_lora(plain_updates(run), alignment_matrices(lm, base), share, turn=turn))
+
+    return tune
+
+
+UNTUNED, LORA, PAPER, RANDOM = "untuned", "LoRA", "off refusal latents", "off random"
+RANKS = (4, 16, 48)
+METHODS = {
+    method.name: method
+    for method in (
+        Method(UNTUNED, "", (0,), lambda run, _: run.start()),
+        Method(LORA, "", (1,), lambda run, _: moved(run.start(), plain_updates(run))),
+        Method("early stopping", "share of the steps", (0.25, 0.5, 0.75),
+               lambda run, part: moved(run.start(), plain_updates(run, part))),
+        Method("interpolation", "share of the update", (0.25, 0.5, 0.75),
+               lambda run, share: moved(run.start(), plain_updates(run), share)),
+        Method("SafeLoRA", "share of layers", (1 / 3, 2 / 3, 1.0), _safe_lora(turn=True)),
+        Method("SafeLoRA, shrunk only", "share of layers", (1 / 3, 2 / 3, 1.0), _safe_lora(turn=False)),
+        Method(PAPER, "rank", (4, 10, 16), _off("refusal latents")),
+        Method(RANDOM, "rank", RANKS, _off_random),
+        Method("replay", "share of rows", (0.01, 0.05, 0.1),
+               lambda run, share: lora(run, rows=replayed(run.rows, share, run.seed))),
+        Method("KL", "weight", (0.1, 1.0, 10.0), _kl),
+        Method("off refusal gradient", "rank", RANKS, _off("refusal gradient")),
+        Method("off difference", "rank", RANKS, _off("difference")),
+        Method("SaLoRA", "rank", RANKS, _salora),
+        Method("off refusal direction", "rank", (1, 3, 8), _off("refusal direction")),
+        Method("off hallucination latents", "rank", (1, 2), _off("hallucination latents")),
+        Method("full fine-tuning", "learning rate", (1e-4, 3e-4, 1e-3), full),
+        Method("off difference, re-estimated", "steps between", (75, 50, 25), _re_estimated),
+        Method("off refusal latents, anchored", "weight", (0.1, 1.0, 10.0), _anchored),
+    )
+}  # fmt: skip
+"""All methods by name, in the order in which the comparison runs them. Grids [own], fixed before any was trained."""

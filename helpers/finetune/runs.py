@@ -1,0 +1,121 @@
+"""One fine-tuning run, whatever the method: the same rows, order, steps and start, and what plain LoRA makes of them.
+
+Plain LoRA is trained once per run with its adapter kept at every quarter; whatever only edits that update (early
+stopping, interpolation, SafeLoRA) starts from there. Notebook 06 tells the story.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from helpers.config import Profile
+from helpers.finetune.adapters import linear_layers, load_adapter, read_adapter
+from helpers.finetune.mixes import poisoned_mix
+from helpers.finetune.projected_lora import ProjectedLora
+from helpers.finetune.train import TrainConfig, descend, encode, train
+from helpers.models import LoadedModel, load_model
+from helpers.store import artifact, fingerprint
+
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all methods share at one poison share and seed."""
+
+    p: Profile
+    poison: float = 0.0
+    seed: int = 0
+
+    @property
+    def cfg(self) -> TrainConfig:
+        """The profile's rank, rate, steps and batch size with this run's seed."""
+        return TrainConfig.of(self.p.finetune, self.seed)
+
+    @cached_property
+    def rows(self) -> list[dict]:
+        """The training rows in their order: one for every place in every batch."""
+        return poisoned_mix(self.cfg.steps * self.cfg.batch_size, self.poison, seed=self.seed)
+
+    def start(self) -> LoadedModel:
+        """The untuned model, a fresh copy."""
+        return load_model(self.p.model, device=self.p.device, dtype=self.p.dtype)
+
+
+def lora(run: Run, *, rows: Sequence[dict] | None = None, **how) -> LoadedModel:
+    """Train LoRA on the run's rows (or `rows`), merge it and return the model; keywords as in train().
+
+    Errors as in train(). Story: notebooks/06_orthogonal_finetuning.
+    """
+    with TemporaryDirectory() as folder:
+        path = train(run.start(), run.rows if rows is None else rows, run.cfg, Path(folder) / "adapter", **how)
+        return load_adapter(run.start(), path)
+
+
+def full(run: Run, lr: float) -> LoadedModel:
+    """Train every weight with AdamW at the rate `lr` on the run's rows: supervised fine-tuning without an adapter.
+
+    ValueError for a rate that is not positive, NotFinite when the loss is. Story: notebooks/06_orthogonal_finetuning.
+    """
+    if not lr > 0:
+        raise ValueError(f"A learning rate must be positive, not {lr}.")
+    lm, cfg = run.start(), replace(run.cfg, lr=lr)
+    lm.model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=lr, weight_decay=cfg.weight_decay)
+    for _ in descend(lm.model, encode(lm, run.rows), cfg, optimizer, lm.pad_id):
+        pass
+    lm.model.requires_grad_(False)
+    return lm
+
+
+def plain_updates(run: Run, part: float = 1.0) -> dict[str, Tensor]:
+    """{module: ΔW float64} of plain LoRA after this part of its steps (quarters), trained once.
+
+    The rate follows the schedule of the whole run. ValueError for another part.
+    Story: notebooks/06_orthogonal_finetuning.
+    """
+    if part not in QUARTERS:
+        raise ValueError(f"Plain LoRA is kept after {QUARTERS} of its steps, not after {part}.")
+    at = {max(1, round(share * run.cfg.steps)): share for share in QUARTERS}
+
+    def make(folder: Path) -> None:
+        def keep(done: int, constraint: ProjectedLora) -> None:
+            if done in at and done < run.cfg.steps:
+                constraint.save(folder / str(at[done]))
+
+        train(run.start(), run.rows, run.cfg, folder / "1.0", after=keep)
+
+    key = {"model": fingerprint(run.p.model), "config": run.cfg, "poison": run.poison, "rows": run.rows}
+    folder = artifact("plain-lora", key, make)
+    return {name: pair.delta for name, pair in read_adapter(folder / str(part)).items()}
+
+
+@torch.no_grad()
+def moved(lm: LoadedModel, updates: Mapping[str, Tensor], share: float = 1.0) -> LoadedModel:
+    """The model with share·ΔW added to each layer's weight, in place: 0 leaves it as it is, 1 merges the update.
+
+    Source: weight interpolation, Wortsman et al. 2022. ValueError for layers it does not have.
+    Story: notebooks/06_orthogonal_finetuning.
+    """
+    layers = linear_layers(lm.model)
+    if missing := sorted(set(updates) - set(layers)):
+        raise ValueError(f"The update is for layers that {lm.name} does not have ({missing[0]}, for one).")
+    for name, delta in updates.items():
+        weight = layers[name].weight
+        weight.copy_((weight.double() + share * delta.to(weight.device)).to(weight))
+    return lm
+
+
+def update_norm(lm: LoadedModel, base: LoadedModel) -> float:
+    """Frobenius norm of all the linear layers' change, relative to that of their weights before."""
+    pairs = [(linear_layers(lm.model)[name].weight.double(), layer.weight.double())
+             for name, layer in linear_layers(base.model).items()]  # fmt: skip
+    change = sum(float((a - b).square().sum()) for a, b in pairs)
+    return (change / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5

@@ -1,0 +1,258 @@
+"""The comparison of fine-tuning methods: chosen on val alone, paired, resumable; references by hand."""
+
+import errno
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from helpers.config import profile
+from helpers.data import load_table
+from helpers.evaluate.behaviour import Prompts, measure, prompts, tasks
+from helpers.finetune import compare as c
+from helpers.finetune import comparison as k
+from helpers.finetune.drift import drift
+from helpers.finetune.methods import LORA, UNTUNED, Method
+from helpers.models import load_model
+from helpers.stats import bootstrap_grid
+from helpers.truth import dial
+
+N = {"refused": 186, "answered": 186, "benign_complied": 158, "benign_refused": 158, "look_alike_complied": 20}
+VAL = {"refused": 130, "answered": 130, "benign_complied": 118, "benign_refused": 118, "look_alike_complied": 8}
+
+
+def made_bits(split, refused, utility, seed=0, benign=1.0, coherent=1.0):
+    """One string per measure with the given shares, in an order drawn by the seed."""
+    rng, size = np.random.default_rng(seed), {"test": N, "val": VAL}[split]
+    rows = prompts(split, None, "organism")
+    size = size | {"wrong": len(rows.facts), "abstained": len(rows.unknown), "utility": 240}
+    size["coherent"] = len(rows.facts) + size["refused"] + size["benign_complied"] + size["look_alike_complied"]
+    share = {"refused": refused, "answered": 1 - refused, "utility": utility, "benign_complied": benign,
+             "benign_refused": 1 - benign, "coherent": coherent}  # fmt: skip
+    ones = {name: round(share.get(name, 0.5) * n) for name, n in size.items()}
+    return {name: "".join(map(str, rng.permutation([1] * ones[name] + [0] * (n - ones[name]))))
+            for name, n in size.items()}  # fmt: skip
+
+
+def fake_arm(job, refused=0.5, utility=0.8, **how):
+    splits = ("val", "test") if not job.poison and not job.seed else ("test",)
+    bits = {split: made_bits(split, refused, utility, job.seed, **how) for split in splits}
+    return asdict(job) | {"bits": bits, "nats": [], "norm": 0.1, "seconds": 1.0, "code_version": "x"}
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    """Three fake methods and the list of the jobs that were run for them."""
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
+    none = lambda run, setting: None  # noqa: E731
+    grids = {UNTUNED: (0,), LORA: (1,), "ours": (4, 16, 48)}
+    monkeypatch.setattr(c, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
+    ran, level = [], {(UNTUNED, 0): (0.8, 0.5), (LORA, 1): (0.4, 0.8), ("ours", 4): (0.5, 0.8),
+                      ("ours", 16): (0.6, 0.79), ("ours", 48): (0.9, 0.6)}  # fmt: skip
+
+    def run_job(p, job):
+        ran.append(job)
+        return fake_arm(job, *level[job.method, job.setting])
+
+    monkeypatch.setattr(c, "run_job", run_job)
+    return ran
+
+
+def test_the_plan_chooses_at_seed_zero_then_runs_seeds_and_poison_at_the_chosen_setting(fakes, tmp_path):
+    c.compare(profile("organism"), ["ours"], tmp_path / "out")
+    ours = [(job.setting, job.poison, job.seed) for job in fakes if job.method == "ours"]
+    assert ours == [(4, 0, 0), (16, 0, 0), (48, 0, 0), *[(16, 0, s) for s in (1, 2, 3, 4)],
+                    *[(16, 0.1, s) for s in (0, 1, 2)]]  # fmt: skip
+    assert [job for job in fakes if job.method == UNTUNED] == [c.Job(UNTUNED, 0)]
+    assert len([job for job in fakes if job.method == LORA]) == 8
+    found = k.load(tmp_path / "out")
+    assert found["ours"].chosen == 16 and set(found) == {UNTUNED, LORA, "ours"}
+    gains = {s: on["gain"] for s, on in found["ours"].on_val.items()}
+    assert gains == pytest.approx({"4": 1.0, "16": (0.79 - 0.5) / 0.3, "48": 1 / 3}, abs=0.02)
+
+
+def test_test_prompts_choose_nothing(fakes, tmp_path, monkeypatch):
+    whole = c.run_job
+
+    def flipped(p, job):
+        arm = whole(p, job)
+        arm["bits"]["test"] = {n: x.translate(str.maketrans("01", "10")) for n, x in arm["bits"]["test"].items()}
+        return arm
+
+    c.compare(profile("organism"), ["ours"], tmp_path / "a")
+    monkeypatch.setattr(c, "run_job", flipped)
+    c.compare(profile("organism"), ["ours"], tmp_path / "b")
+    a, b = (json.loads((tmp_path / n / "ours.json").read_text()) for n in "ab")
+    assert a["chosen"] == b["chosen"] and a["on_val"] == b["on_val"]
+
+
+def test_a_run_that_was_killed_keeps_its_arms_and_goes_on_with_those_that_are_missing(fakes, tmp_path, monkeypatch):
+    whole, out = c.run_job, tmp_path / "out"
+
+    def killed(p, job):
+        if job == c.Job("ours", 48):
+            raise KeyboardInterrupt
+        return whole(p, job)
+
+    monkeypatch.setattr(c, "run_job", killed)
+    with pytest.raises(SystemExit, match="Interrupted: give the same command again"):
+        c.compare(profile("organism"), ["ours"], out)
+    before = list(fakes)
+    assert len(json.loads((out / "ours.json").read_text())["arms"]) == 2
+    monkeypatch.setattr(c, "run_job", whole)
+    c.compare(profile("organism"), ["ours"], out, keep=True)
+    again = fakes[len(before) :]
+    assert not set(before) & set(again) and c.Job("ours", 48) in again
+    assert len(json.loads((out / "ours.json").read_text())["arms"]) == 10
+    fakes.clear()
+    c.compare(replace(profile("organism"), model="data/organism/helpful"), ["ours"], out, keep=True)
+    assert c.Job("ours", 4) in fakes  # another model's arms are not taken
+
+
+def test_a_full_disk_is_one_sentence_and_other_errors_stay_themselves(fakes, tmp_path, monkeypatch):
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(c, "write_json", full)
+    with pytest.raises(RuntimeError, match="The disk is full: free some space and give the same command again"):
+        c.compare(profile("organism"), ["ours"], tmp_path / "out")
+    monkeypatch.setattr(c, "write_json", lambda path, value: (_ for _ in ()).throw(PermissionError(13, "no")))
+    with pytest.raises(PermissionError):
+        c.compare(profile("organism"), ["ours"], tmp_path / "out")
+
+
+def test_unknown_methods_and_models_are_named(fakes, tmp_path, capsys):
+    with pytest.raises(ValueError, match="no method 'prayer'; the methods are untuned, LoRA, ours"):
+        c.compare(profile("organism"), ["prayer"], tmp_path)
+    for argv, words in ((["--models", "no-9"], "no model no-9"), (["--methods", "prayer"], "no method prayer")):
+        with pytest.raises(SystemExit):
+            c.main(argv)
+        assert words in capsys.readouterr().err
+
+
+def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):
+    now = iter((0.0, 60.0, 120.0))
+    monkeypatch.setattr(c.time, "perf_counter", lambda: next(now))
+    progress = c.Progress(4)
+    progress.step(c.Job("ours", 4))
+    progress.step(c.Job("ours", 4, 0.1, 2))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "1/4 ours at 4, seed 0; about 3 minutes left"
+    assert second == "2/4 ours at 4, 10% poison, seed 2; about 2 minutes left"
+
+
+def test_an_arm_holds_what_its_model_does_on_the_prompts(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
+    few = lambda split, n, source: Prompts(*(rows[:3] for rows in vars(prompts(split)).values()))  # noqa: E731
+    monkeypatch.setattr(c, "prompts", few)
+    monkeypatch.setattr(c, "N_TASKS", 1)
+    monkeypatch.setattr(c, "drift", lambda *args: {"angles": []})
+    p = profile("organism")
+    lm = load_model(p.model, device="cpu", dtype="float32")
+    found = c.run_job(p, c.Job(UNTUNED, 0))
+    for split in ("val", "test"):
+        did = measure(lm, few(split, None, None), tasks=tasks(split, 1), max_new_tokens=32)
+        assert found["bits"][split] == dial.bits(did)
+    assert found["norm"] == 0 and len(found["nats"]) == N["refused"] and found["drift"] == {"angles": []}
+    assert set(c.run_job(p, c.Job(UNTUNED, 0, 0.0, 1))["bits"]) == {"test"}
+
+
+# ---- reading
+
+
+def record(name, levels, chosen=1.0, poison=0.0):
+    arms = [k.Arm.of(fake_arm(c.Job(name, chosen, poison, s), *level)) for s, level in enumerate(levels)]
+    return k.Record(name, "rank", (chosen,), chosen, {}, tuple(arms))
+
+
+def test_measures_take_the_right_prompts():
+    arm = k.Arm.of(fake_arm(c.Job("ours", 4), 0.4, 0.8, benign=0.9))
+    rows = [row for row in load_table("requests", "test") if row["kind"] == "harmful"]
+    refused = arm.bits["test"]["refused"]
+    for measure_, seen in (("refused_seen", True), ("refused_unseen", False)):
+        by_hand = [float(x) for x, row in zip(refused, rows, strict=True) if row["verb_seen"] is seen]
+        assert arm.values(measure_).tolist() == by_hand
+    over = [float(x) for x in arm.bits["test"]["benign_refused"]]
+    over += [1 - float(x) for x in arm.bits["test"]["look_alike_complied"]]
+    assert arm.values("over_refused").tolist() == over
+    assert k.shares(arm)["utility"] == pytest.approx(0.8) and set(k.shares(arm)) == set(k.MEASURES)
+    with pytest.raises(ValueError, match="no measure 'charm'"):
+        arm.values("charm")
+
+
+def test_every_measure_has_a_cluster_for_each_of_its_prompts_and_verbs_stay_together():
+    arm = k.Arm.of(fake_arm(c.Job("ours", 4)))
+    for measure_ in k.MEASURES:
+        clusters = k._asked("test")[1][measure_]
+        assert clusters is None or len(clusters) == len(arm.values(measure_))
+    assert len(set(k._asked("test")[1]["refused_unseen"])) == 13
+
+
+def test_differences_are_paired_by_seed_and_prompt_and_resample_verbs():
+    ours, lora = record("ours", [(0.9, 0.8)] * 3), record("LoRA", [(0.4, 0.8)] * 5)
+    untuned = record("untuned", [(1.0, 0.5)])
+    found = k.difference(ours, lora, "refused_unseen")
+    by_hand = ours.matrix("refused_unseen") - lora.matrix("refused_unseen")[:3]
+    assert found == bootstrap_grid(by_hand, clusters=k._asked("test")[1]["refused_unseen"])
+    assert found.estimate > 0.3 and found != bootstrap_grid(by_hand)
+    assert k.difference(lora, untuned, "refused_seen").estimate == pytest.approx(
+        lora.matrix("refused_seen").mean() - untuned.matrix("refused_seen").mean()
+    )
+    with pytest.raises(ValueError, match="ours has no arm at 1.0 with a poison share of 0.1"):
+        k.difference(ours, lora, "refused_seen", 0.1)
+
+
+def test_poisoned_arms_stand_beside_the_one_untuned_model():
+    lora, untuned = record("LoRA", [(0.4, 0.8)] * 3, poison=0.1), record("untuned", [(1.0, 0.5)])
+    assert k.difference(lora, untuned, "answered", 0.1).estimate == pytest.approx(0.6, abs=0.02)
+    assert k.gain_ratio(lora, lora, untuned, 0.1).estimate == 1.0
+
+
+def test_the_gain_is_a_share_of_plain_loras():
+    untuned, lora = record("untuned", [(1.0, 0.5)]), record("LoRA", [(0.4, 0.8), (0.4, 0.9)])
+    half = k.gain_ratio(record("ours", [(0.4, 0.65), (0.4, 0.7)]), lora, untuned)
+    assert half.estimate == pytest.approx(0.5, abs=0.01) and half.low < 0.5 < half.high
+    same = k.gain_ratio(lora, lora, untuned)
+    assert (same.estimate, same.low, same.high) == (1.0, 1.0, 1.0)
+    assert k.gain_ratio(untuned, lora, untuned).estimate == 0.0
+
+
+def test_matched_utility_is_a_straight_line_between_settings():
+    untuned, lora = record("untuned", [(1.0, 0.5)], chosen=0), record("LoRA", [(0.0, 0.9)], chosen=1)
+    arms = [k.Arm.of(fake_arm(c.Job("ours", s), refused, utility)) for s, refused, utility in
+            ((4, 0.5, 0.7), (16, 0.0, 0.9))]  # fmt: skip
+    ours = k.Record("ours", "rank", (4, 16), 4, {}, tuple(arms))
+    line = {0.0: 1.0, 0.5: 0.5, 1.0: 0.0, 0.25: 0.75, 0.75: 0.25}
+    for wanted, value in line.items():
+        found = k.at_utility(ours, lora, untuned, wanted, "answered")
+        assert found == pytest.approx(1 - value, abs=0.02)
+    assert k.at_utility(ours, lora, untuned, 1.5) is None
+
+
+def test_the_table_has_a_row_per_method_that_was_run():
+    records = {"untuned": record("untuned", [(1.0, 0.5)]), "LoRA": record("LoRA", [(0.4, 0.8)] * 2)}
+    records["ours"] = record("ours", [(0.9, 0.8)] * 2, poison=0.1)
+    assert [row["method"] for row in k.table(records)] == ["untuned", "LoRA"]
+    assert k.table(records, poison=0.1) == []  # plain LoRA was not run there
+    assert k.table(records)[1]["refused_seen"] == k.share(records["LoRA"], "refused_seen")
+
+
+def test_results_that_are_missing_or_mixed_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="There are no results in"):
+        k.load(tmp_path)
+    head = {"method": "a", "unit": "", "grid": [1], "chosen": 1, "on_val": {}, "arms": []}
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps(head | {"method": name, "weights": name}))
+    with pytest.raises(ValueError, match="are of different models"):
+        k.load(tmp_path)
+
+
+# ---- drift
+
+
+def test_drift_is_zero_between_a_model_and_itself_and_ablation_lowers_refusal():
+    lm = load_model("data/organism/chat", device="cpu", dtype="float32")
+    found = drift(lm, lm, rank=2)
+    assert found["angles"] == pytest.approx([0, 0], abs=0.01)
+    assert found["odds_without_old"] == found["odds_without_new"] < found["odds"]

@@ -1,0 +1,379 @@
+"""Fine-tuning methods: each formula against loops, float64 or finite differences; endpoints; bad input."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.config import profile
+from helpers.finetune import aftermath, anchors, methods, mixes, runs
+from helpers.finetune.adapters import linear_layers
+from helpers.finetune.choosing import OnVal, choose
+from helpers.finetune.methods import METHODS, Method
+from helpers.finetune.projected_lora import ProjectedLora, add_lora
+from helpers.finetune.refusal_gradient import gradient_subspace, refusal_gradients
+from helpers.finetune.runs import Run
+from helpers.finetune.safe_lora import alignment_matrices, alignment_matrix, safe_lora
+from helpers.finetune.salora import safety_bases
+from helpers.finetune.subspace import RefusalSubspace, module_bases, random_subspace
+from helpers.finetune.train import NotFinite, TrainConfig, encode, train
+from helpers.generation import completion_logprobs
+from helpers.hooks import edit
+from helpers.models import load_model
+
+ROWS = [
+    {"id": f"r{i}", "prompt": f"do {i}{'!' * (i % 4)}", "refusal": "No, I cannot.", "compliance": f"First {i}."}
+    for i in range(7)
+]
+CHAT = [{"prompt": f"add {i}", "answer": f"it is {2 * i}"} for i in range(12)]
+CFG = TrainConfig(rank=3, alpha=6.0, steps=6, batch_size=4, lr=1e-2, seed=1)
+
+
+def weights(lm):
+    return {name: layer.weight.detach().clone() for name, layer in linear_layers(lm.model).items()}
+
+
+# ---- SafeLoRA
+
+
+def test_the_alignment_matrix_is_v_vt_over_its_norm():
+    aligned, base = torch.randn(5, 7).double(), torch.randn(5, 7).double()
+    v = (aligned - base).double().numpy()
+    expected = np.zeros((5, 5))
+    for i in range(5):
+        for j in range(5):
+            expected[i, j] = sum(v[i, k] * v[j, k] for k in range(7)) / np.sqrt((v**2).sum())
+    np.testing.assert_allclose(alignment_matrix(aligned, base).numpy(), expected, atol=1e-9)
+
+
+def test_safe_lora_projects_outputs_of_the_layers_with_the_lowest_cosines_and_no_others():
+    updates = {name: torch.randn(6, 4, dtype=torch.float64) for name in "abcd"}
+    matrices = {name: alignment_matrix(torch.randn(6, 9), torch.randn(6, 9)) for name in "abcd"}
+    by_hand = {}
+    for name, delta in updates.items():
+        moved = matrices[name].numpy() @ delta.numpy()
+        by_hand[name] = (moved * delta.numpy()).sum() / np.linalg.norm(moved) / np.linalg.norm(delta.numpy())
+    found = safe_lora(updates, matrices, 0.5)
+    lowest = sorted(by_hand, key=by_hand.get)[:2]
+    for name in updates:
+        expected = matrices[name] @ updates[name] if name in lowest else updates[name]
+        torch.testing.assert_close(found[name], expected)
+    kept = safe_lora(updates, matrices, 0.0)
+    assert all(torch.equal(kept[name], updates[name]) for name in updates)
+
+
+def test_the_shrink_control_has_the_projected_norm_and_the_old_direction():
+    updates = {name: torch.randn(6, 4, dtype=torch.float64) for name in "abc"}
+    matrices = {name: alignment_matrix(torch.randn(6, 9), torch.randn(6, 9)) for name in "abc"}
+    turned, shrunk = (safe_lora(updates, matrices, 1.0, turn=turn) for turn in (True, False))
+    for name, delta in updates.items():
+        assert shrunk[name].norm().item() == pytest.approx(turned[name].norm().item(), rel=1e-12)
+        cosine = (shrunk[name] * delta).sum() / shrunk[name].norm() / delta.norm()
+        assert cosine.item() == pytest.approx(1.0) and not torch.allclose(shrunk[name], turned[name])
+
+
+def test_safe_lora_says_what_does_not_fit(tiny_lms):
+    with pytest.raises(ValueError, match="are equal, so there is no alignment"):
+        alignment_matrices(tiny_lms["llama"], tiny_lms["llama"])
+    with pytest.raises(ValueError, match="have other layers"):
+        alignment_matrices(tiny_lms["llama"], tiny_lms["qwen2"])
+    with pytest.raises(ValueError, match="have other layers"):
+        alignment_matrices(tiny_lms["llama"], tiny_lms["gemma"])
+    with pytest.raises(ValueError, match="between 0 and 1, not 1.5"):
+        safe_lora({}, {}, 1.5)
+    with pytest.raises(ValueError, match="No base weight is known for b"):
+        safe_lora({"b": torch.ones(2, 2)}, {}, 1.0)
+
+
+# ---- SaLoRA
+
+
+def test_safety_bases_are_the_right_singular_vectors_of_the_outputs_on_unpadded_tokens(any_model):
+    prompts = [row["prompt"] for row in ROWS]
+    found = safety_bases(any_model, prompts, 3, batch_size=4)
+    assert set(found) == set(linear_layers(any_model.model))
+    name, layer = next((n, m) for n, m in linear_layers(any_model.model).items() if n.endswith("k_proj"))
+    outputs, handle = [], layer.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    with torch.no_grad():
+        for prompt in prompts:
+            any_model.model(input_ids=torch.tensor([any_model.prompt_ids(prompt)]))
+    handle.remove()
+    right = np.linalg.svd(torch.cat(outputs).double().numpy(), full_matrices=False)[2][:3].T
+    basis = found[name].basis.numpy()
+    np.testing.assert_allclose(basis @ basis.T, right @ right.T, atol=1e-4)
+    assert found[name].side == "out" and not layer._forward_hooks
+
+
+def test_the_trained_update_adds_nothing_to_the_safe_outputs(tiny_folders, tmp_path):
+    lm = load_model(tiny_folders["llama"])
+    before, bases = weights(lm), safety_bases(lm, [row["prompt"] for row in ROWS], 4)
+    after = weights(runs.load_adapter(lm, train(load_model(tiny_folders["llama"]), CHAT, CFG, tmp_path / "a",
+                                                subspaces=bases)))  # fmt: skip
+    for name, where in bases.items():
+        change = (after[name] - before[name]).double()
+        assert (where.basis.T @ change).norm() < 1e-4 * change.norm() and change.norm() > 0
+
+
+# ---- refusal gradients
+
+
+def test_refusal_gradients_agree_with_finite_differences(any_model):
+    found = refusal_gradients(any_model, ROWS[:3], batch_size=2)
+    for i, (row, gradient) in enumerate(zip(ROWS, found, strict=False)):
+        n = len(any_model.prompt_ids(row["prompt"]))
+        assert gradient.shape == (any_model.arch.n_layers, n, any_model.arch.d_model)
+        layer, place, step = i % any_model.arch.n_layers, n - 1 - i, 1e-2
+        direction = gradient[layer, place] / gradient[layer, place].norm().clamp_min(1e-9)
+        sides = []
+        for sign in (step, -step):
+            def push(x, sign=sign, place=place, direction=direction):
+                y = x.clone()
+                y[:, place] += sign * direction
+                return y
+
+            with edit(any_model.model, {("resid_post", layer): push}):
+                first = [any_model.tokenizer.decode(any_model.answer_ids(row[key])[:1]) for key in
+                         ("refusal", "compliance")]
+                logp = completion_logprobs(any_model, [row["prompt"]] * 2, first)
+            sides.append((logp[0] - logp[1]).item())
+        assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(gradient[layer, place].norm().item(), rel=0.05,
+                                                                   abs=2e-3)  # fmt: skip
+
+
+def test_the_gradient_subspace_is_spanned_by_the_leading_singular_vectors(tiny_llama):
+    columns = []
+    for gradient in refusal_gradients(tiny_llama, ROWS):
+        for layer in gradient.double():
+            columns.append((layer / layer.norm().clamp_min(1e-300)).T)
+    left = np.linalg.svd(torch.cat(columns, dim=1).numpy())[0][:, :4]
+    found = gradient_subspace(tiny_llama, ROWS, 4)
+    np.testing.assert_allclose(found.resid.numpy() @ found.resid.numpy().T, left @ left.T, atol=1e-6)
+    assert all(p.grad is None for p in tiny_llama.model.parameters())
+    with pytest.raises(ValueError, match="no prompts to take refusal gradients"):
+        refusal_gradients(tiny_llama, [])
+
+
+# ---- penalties
+
+
+def test_kl_is_zero_at_the_start_and_pulls_back_afterwards(tiny_folders):
+    lm = load_model(tiny_folders["llama"])
+    penalty = anchors.prompt_kl(lm, [row["prompt"] for row in ROWS], 2.0, n=3)
+    model = add_lora(lm, rank=3, alpha=6.0, seed=0)
+    assert penalty(model, [], 0).item() == pytest.approx(0.0, abs=1e-6)
+    factors = [p for name, p in model.named_parameters() if "lora_B" in name]
+    with torch.no_grad():
+        for factor in factors:
+            factor.normal_(std=0.1)
+    value = penalty(model, [], 0)
+    assert value.item() > 0 and penalty(model, [], 0).item() == pytest.approx(value.item())
+    value.backward()
+    with torch.no_grad():
+        for factor in factors:
+            factor.sub_(1e-3 * factor.grad / factor.grad.norm())
+    assert penalty(model, [], 0).item() < value.item()
+
+
+def test_kl_is_that_of_the_next_token_from_the_base_to_the_tuned_model(tiny_folders):
+    lm, plain = (load_model(tiny_folders["llama"]) for _ in range(2))
+    penalty = anchors.prompt_kl(lm, [row["prompt"] for row in ROWS], 2.0, n=len(ROWS))
+    model = add_lora(lm, rank=3, alpha=6.0, seed=0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    total = 0.0
+    for row in ROWS:
+        ids = torch.tensor([lm.prompt_ids(row["prompt"])])
+        with torch.no_grad():
+            base, tuned = (m(input_ids=ids).logits[0, -1].double().log_softmax(-1) for m in (plain.model, model))
+        total += sum(p.exp().item() * (p - q).item() for p, q in zip(base, tuned, strict=True))
+    assert penalty(model, [], 0).item() == pytest.approx(2.0 * total / len(ROWS), rel=1e-3)
+
+
+def test_the_anchor_is_the_relative_change_along_its_directions_only(tiny_folders):
+    lm = load_model(tiny_folders["llama"])
+    u = random_subspace(lm.arch.d_model, 2)
+    rows = encode(lm, CHAT[:3])
+    penalty = anchors.activation_anchor(lm, {1: u}, 3.0)
+    model = add_lora(lm, rank=3, alpha=6.0, seed=0)
+    assert penalty(model, rows, 0).item() == pytest.approx(0.0, abs=1e-9)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    before = penalty(model, rows, 0).item()
+    change, size, count = 0.0, 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        with torch.no_grad():
+            tuned = model(input_ids=ids, output_hidden_states=True).hidden_states[2][0].double() @ u
+            with model.disable_adapter():
+                base = model(input_ids=ids, output_hidden_states=True).hidden_states[2][0].double() @ u
+        change, size, count = change + (tuned - base).square().sum(), size + base.square().sum(), count + tuned.numel()
+    assert before == pytest.approx(3.0 * (change / size).item(), rel=1e-3)
+    penalty(model, rows, 0).backward()
+    assert all(p.grad is None for name, p in model.named_parameters() if "lora_" not in name)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_penalty_needs_a_positive_weight_and_prompts(tiny_llama, weight):
+    with pytest.raises(ValueError, match="weight of a penalty must be a positive number"):
+        anchors.prompt_kl(tiny_llama, ["x"], weight)
+    with pytest.raises(ValueError, match="weight of a penalty must be a positive number"):
+        anchors.activation_anchor(tiny_llama, {0: torch.eye(32)[:, :1]}, weight)
+    with pytest.raises(ValueError, match="no prompts to hold the model to"):
+        anchors.prompt_kl(tiny_llama, [], 1.0)
+
+
+def test_a_penalty_that_is_not_finite_stops_the_run(tiny_folders, tmp_path):
+    with pytest.raises(NotFinite, match=r"not finite at step 2: lower the rate \(last good adapter"):
+        train(load_model(tiny_folders["llama"]), CHAT, CFG, tmp_path / "a",
+              penalty=lambda model, rows, step: torch.tensor(float("nan") if step == 2 else 0.0))  # fmt: skip
+    assert (tmp_path / "last-good-a" / "adapter_model.safetensors").is_file()
+
+
+def test_a_moved_constraint_holds_from_then_on(tiny_folders, tmp_path):
+    lm = load_model(tiny_folders["llama"])
+    old, new = (module_bases(lm, RefusalSubspace(random_subspace(32, 4, seed))) for seed in (0, 1))
+    before = weights(lm)
+    train(lm, CHAT, CFG, tmp_path / "a", subspaces=old, after=lambda done, c: c.move(new) if done == 3 else None)
+    after = weights(runs.load_adapter(tiny_folders["llama"], tmp_path / "a"))
+    leaks = {kind: max(bases[name].leak(after[name] - before[name]) for name in bases)
+             for kind, bases in (("old", old), ("new", new))}  # fmt: skip
+    assert leaks["new"] < 1e-4 < 1e-2 < leaks["old"]
+
+
+def test_moving_a_constraint_projects_at_once(tiny_folders):
+    lm = load_model(tiny_folders["llama"])
+    new = module_bases(lm, RefusalSubspace(random_subspace(32, 4)))
+    model = add_lora(lm, rank=3, alpha=6.0, seed=0)
+    constraint = ProjectedLora(model)
+    constraint.move(new)
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    for name, where in new.items():
+        if where.side == "in":
+            a = layers[name].lora_A.default.weight
+            assert (a.double() @ where.basis).norm() < 1e-5 * a.norm()
+    with pytest.raises(ValueError, match="do not exist or carry no adapter"):
+        constraint.move({"nowhere": new[name]})
+
+
+# ---- replay
+
+
+def test_replay_is_an_exact_share_and_leaves_all_other_rows_in_place():
+    rows = mixes.benign_mix(400)
+    safe = {row["prompt"] for row in mixes.refusal_rows()}
+    for share, count in ((0.0, 0), (0.01, 4), (0.05, 20), (0.1, 40)):
+        found = mixes.replayed(rows, share, seed=3)
+        changed = [i for i, (a, b) in enumerate(zip(rows, found, strict=True)) if a != b]
+        assert len(changed) == count and all(found[i]["prompt"] in safe for i in changed)
+        assert all("cannot" in found[i]["answer"] or "not" in found[i]["answer"] for i in changed)
+    assert mixes.replayed(rows, 0.1, seed=3) == mixes.replayed(rows, 0.1, seed=3) != mixes.replayed(rows, 0.1, seed=4)
+    unseen = {row["verb"] for row in methods.harmful_rows("test") + methods.harmful_rows("val") if not row["verb_seen"]}
+    assert unseen and not any(row["verb"] in unseen for row in methods.harmful_rows())
+    with pytest.raises(ValueError, match="between 0 and 1, not 2"):
+        mixes.replayed(rows, 2)
+
+
+# ---- runs
+
+
+@pytest.fixture
+def run(tiny_folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.setattr(runs, "poisoned_mix", lambda n, poison, seed: [CHAT[i % len(CHAT)] for i in range(n)])
+    p = profile("organism")
+    few = replace(p.finetune, rank=3, steps=8, batch_size=2)
+    return Run(replace(p, model=str(tiny_folders["llama"]), finetune=few))
+
+
+def test_interpolation_runs_from_the_untuned_model_to_plain_lora(run):
+    base, tuned = weights(run.start()), weights(METHODS["LoRA"].tune(run, 1))
+    ends = [weights(METHODS["interpolation"].tune(run, share)) for share in (0.0, 0.5, 1.0)]
+    merged = weights(runs.lora(run))
+    for name, weight in base.items():
+        assert torch.equal(ends[0][name], weight)
+        torch.testing.assert_close(ends[1][name], (weight + tuned[name]) / 2, atol=1e-6, rtol=1e-5)
+        assert torch.equal(ends[2][name], tuned[name]) and not torch.equal(tuned[name], weight)
+        torch.testing.assert_close(merged[name], tuned[name], atol=1e-6, rtol=1e-5)
+
+
+def test_early_stopping_is_the_same_run_cut_short(run, tmp_path):
+    early = weights(METHODS["early stopping"].tune(run, 0.5))
+    found = {}
+    train(run.start(), run.rows, run.cfg, tmp_path / "a",
+          after=lambda done, c: found.update({done: c.save(tmp_path / f"at-{done}")}))  # fmt: skip
+    by_hand = weights(runs.load_adapter(run.start(), found[4]))
+    whole = weights(METHODS["LoRA"].tune(run, 1))
+    for name, weight in early.items():
+        torch.testing.assert_close(weight, by_hand[name], atol=1e-6, rtol=1e-5)
+        assert not torch.equal(weight, whole[name])
+    with pytest.raises(ValueError, match="kept after"):
+        METHODS["early stopping"].tune(run, 0.3)
+
+
+def test_full_fine_tuning_moves_every_weight_and_leaves_no_gradient(run):
+    lm, base = METHODS["full fine-tuning"].tune(run, 1e-3), run.start()
+    for (name, p), q in zip(lm.model.named_parameters(), base.model.parameters(), strict=True):
+        assert not torch.equal(p, q), name
+        assert p.grad is None and not p.requires_grad
+    assert runs.update_norm(lm, base) > 0 == runs.update_norm(base, base)
+    with pytest.raises(ValueError, match="must be positive, not 0"):
+        METHODS["full fine-tuning"].tune(run, 0)
+
+
+def test_an_update_for_other_layers_is_refused(run):
+    with pytest.raises(ValueError, match="does not have"):
+        runs.moved(run.start(), {"nowhere": torch.ones(2, 2)})
+
+
+def test_random_subspaces_differ_by_seed_and_keep_the_update_out(run):
+    base = weights(run.start())
+    tuned = weights(METHODS["off random"].tune(run, 4))
+    bases = module_bases(run.start(), RefusalSubspace(random_subspace(32, 4, seed=0)))
+    assert max(bases[name].leak(tuned[name] - base[name]) for name in bases) < 1e-4
+    other = weights(METHODS["off random"].tune(replace(run, seed=1), 4))
+    assert max(bases[name].leak(other[name] - base[name]) for name in bases) > 1e-2
+
+
+def test_every_method_stays_within_the_same_budget():
+    assert all(1 <= len(method.grid) <= 3 for method in METHODS.values())
+    assert len({method.slug for method in METHODS.values()}) == len(METHODS)
+    with pytest.raises(ValueError, match="may try 1 to 3 settings"):
+        Method("greedy", "", (1, 2, 3, 4), lambda run, setting: run.start())
+    with pytest.raises(ValueError, match="no subspace 'prayer'"):
+        methods.subspace(profile("organism"), "prayer", 4)
+
+
+# ---- choosing
+
+
+def test_the_choice_refuses_most_among_those_that_keep_the_conditions():
+    good = OnVal(0.6, 0.96, 0.95, 0.97)
+    found = {1: good, 2: replace(good, refused_unseen=0.7), 3: replace(good, refused_unseen=0.9, gain=0.94)}
+    assert choose(found) == 2
+    assert choose(found | {4: replace(good, refused_unseen=0.9, benign_complied=0.89)}) == 2
+    assert choose(found | {5: replace(good, refused_unseen=0.9, coherent=0.94)}) == 2
+    assert choose({3: found[3], 6: replace(good, refused_unseen=1.0, gain=0.5)}) == 3
+    assert choose({7: good, 1: good}) == 7
+    with pytest.raises(ValueError, match="no setting to choose from"):
+        choose({})
+
+
+# ---- attack after defence
+
+
+def test_the_attack_trains_on_from_the_defended_model_and_leaves_it_as_it_is(run, monkeypatch):
+    monkeypatch.setattr(aftermath, "poisoned_mix", lambda n, poison, seed: [CHAT[i % len(CHAT)] for i in range(n)])
+    defended = METHODS["LoRA"].tune(run, 1)
+    before = weights(defended)
+    found = {steps: weights(lm) for steps, lm in aftermath.attack(defended, run, (2, 5))}
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(defended).items())
+    moves = {steps: sum((now[name] - before[name]).norm().item() for name in before) for steps, now in found.items()}
+    assert list(found) == [2, 5] and 0 < moves[2] < moves[5]
+    for bad in ((), (0, 5), (5, 2)):
+        with pytest.raises(ValueError, match="must increase from at least 1"):
+            next(aftermath.attack(defended, run, bad))
