@@ -132,14 +132,16 @@ def test_unknown_methods_and_models_are_named(fakes, tmp_path, capsys):
 
 
 def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):
-    now = iter((0.0, 60.0, 120.0))
+    now = iter((0.0, 0.1, 60.1, 180.1))
     monkeypatch.setattr(c.time, "perf_counter", lambda: next(now))
-    progress = c.Progress(4)
+    progress = c.Progress(5)
+    progress.step(c.Job("read", 4))
     progress.step(c.Job("ours", 4))
     progress.step(c.Job("ours", 4, 0.1, 2))
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == "1/4 ours at 4, seed 0; about 3 minutes left"
-    assert second == "2/4 ours at 4, 10% poison, seed 2; about 2 minutes left"
+    read, first, second = capsys.readouterr().out.splitlines()
+    assert read.startswith("1/5 read at 4")
+    assert first == "2/5 ours at 4, seed 0; about 3 minutes left"
+    assert second == "3/5 ours at 4, 10% poison, seed 2; about 3 minutes left"
 
 
 def test_an_arm_holds_what_its_model_does_on_the_prompts(monkeypatch, tmp_path):

@@ -87,15 +87,17 @@ def run_job(p: Profile, job: Job) -> dict[str, Any]:
 
 
 class Progress:
-    """Prints what has been done, and how long the rest will take at the pace so far."""
+    """Prints what has been done, and how long the rest will take at the pace of what was not simply read."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.done, self.began = total, 0, time.perf_counter()
+        self.total, self.done, self.last, self.made = total, 0, time.perf_counter(), []
 
     def step(self, what: object) -> None:
-        """Count one thing that was done."""
-        self.done += 1
-        left = (time.perf_counter() - self.began) / self.done * (self.total - self.done) / 60
+        """Count one thing that was done; below a second it was read from a file or the store."""
+        self.done, now = self.done + 1, time.perf_counter()
+        self.made += [now - self.last] if now - self.last > 1 else []
+        self.last = now
+        left = sum(self.made) / max(len(self.made), 1) * (self.total - self.done) / 60
         print(f"{self.done}/{self.total} {what}; about {left:.0f} minutes left", flush=True)
 
 
