@@ -415,7 +415,8 @@ removed = overlap_removed(lm, iti, steered, 5.0, test, seeds=(0, 1), **size) if 
 parts = {"all its heads": "full", "without the shared heads": "shared", "without as many others": "random"}
 columns = ["truthful", "answered", "refused"]
 if removed:
-    report.table([{"ITI": name, **{m: getattr(removed, part)[m] for m in columns}} for name, part in parts.items()])
+    rows = [{"ITI": name, **{m: getattr(removed, part)[m] for m in columns}} for name, part in parts.items()]
+    print(report.table(rows))
 print(f"{shrinks(removed)}" if removed else "untested: ITI steers none of the shared heads.")
 
 # %% [markdown]

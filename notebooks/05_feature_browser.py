@@ -244,7 +244,8 @@ report.check("browser.latents_above_chance", above["true groups"], atol=15)
 
 # %%
 name = view.data.latents["name"][view.selected]
-view.notes = json.dumps({"notes": {name: "Fires before the answer to a harmful request."}, "lists": {"mine": [name]}})
+mine = {"notes": {name: "Fires before the answer to a harmful request."}, "lists": {"mine": [name]}}
+view.notes = json.dumps(mine)
 view.save_notes(artifacts_dir() / "notes.json")
 file = view.export(artifacts_dir() / "feature_browser.html")
 size = file.stat().st_size / 1e6
