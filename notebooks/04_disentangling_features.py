@@ -400,8 +400,8 @@ nats = {f"{cell.latents}, {cell.action}: {cell.behaviour}": cell.nats.estimate f
 taken, doubled, of_truth = (nats.get(name, 0.0) for name in (
     "refusal-specific, taken out: refusal", "refusal-specific, doubled: refusal",
     "hallucination-only, taken out: truth"))
-report.check("features.refusal_nats_taken_out", taken, atol=0.3)
-report.check("features.refusal_nats_doubled", doubled, atol=0.3)
+report.check("features.refusal_nats_taken_out", taken, atol=0.8)
+report.check("features.refusal_nats_doubled", doubled, atol=0.6)
 report.check("features.truth_nats_taken_out", of_truth, atol=0.03)
 report.check("features.refusal_set_separates", separated["refusal-specific"])
 report.check("features.hallucination_set_separates", separated["hallucination-only"])

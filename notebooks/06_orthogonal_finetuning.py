@@ -346,13 +346,14 @@ report.paths(points, "What is learned and what is kept", "gain on the tasks, sha
 
 # %%
 untuned, plain_lora = records.get("untuned"), records.get("LoRA")
+words = {"more": "more than", "less": "less than", "same": "about as much as"}
 for name, record in records.items():
     if name not in ("untuned", "LoRA"):
-        lost = comparison.difference(record, untuned, "refused_unseen")
         more = comparison.difference(record, plain_lora, "refused_unseen")
+        from_start = comparison.difference(record, untuned, "refused_unseen")
         gain = comparison.gain_ratio(record, plain_lora, untuned).estimate
-        print(f"{name}: keeps {compared(more)} LoRA ({more}), learns {gain:.2f} of its gain, "
-              f"is {-lost.estimate:.2f} below the untuned model.")
+        print(f"{name}: keeps {compared(more, **words)} LoRA ({more}) and learns {gain:.2f} of "
+              f"its gain; against the untuned model {from_start}.")
 
 # %%
 lost = {name: comparison.difference(record, untuned, "refused_unseen").estimate

@@ -438,3 +438,24 @@ def test_an_sae_that_cannot_be_had_is_refused_in_one_sentence(tiny_llama, tmp_pa
     for where in (tmp_path, tmp_path / "a" / "b" / "c", "no-such-release/id", "./artifacts/sae/x", str(tmp_path / "a")):
         with pytest.raises(FileNotFoundError, match="There is no SAE in"):
             loading.load_sae(where, tiny_llama, 0)
+
+
+def test_the_number_of_threads_does_not_change_what_is_trained(tiny_llama, tmp_path, monkeypatch):
+    texts = [training.Text(tuple(range(3, 19)), "plain", 16)] * 8
+    p = dataclasses.replace(profile("organism"), sae=dataclasses.replace(SMALL, layers=(1,), n_tokens=512))
+    train, seen, found, before = training.train_sae, [], [], torch.get_num_threads()
+
+    def watched(*given, **how):
+        seen.append(torch.get_num_threads())
+        return train(*given, **how)
+
+    monkeypatch.setattr(training, "train_sae", watched)
+    try:
+        for threads in (1, 2):
+            monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / str(threads)))
+            torch.set_num_threads(threads)
+            found.append(training.train_saes(tiny_llama, p, texts=texts).saes[1].W_dec)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1] and torch.equal(*found)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def train_saes(
     common |= {"architecture": architecture, "options": dict(options or {})}
     collected: list[Tokens] = []
 
+    @one_thread()
     def make(folder: Path, site: Site) -> None:
         if not collected:
             collected.append(collect_sites(lm, texts, wanted, batch_size=p.batch_size))
@@ -182,3 +184,14 @@ def _about(lm: LoadedModel, texts: Sequence[Text], site: Site, companion: Mappin
         "context_size": max(len(text.ids) for text in texts),
         "companion": {**kept, "site": site[0], "layer": site[1], "architecture": companion["architecture"]},
     }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The same sums whatever the number of threads: rounding alone can decide which latents a training finds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
