@@ -347,13 +347,15 @@ report.paths(points, "What is learned and what is kept", "gain on the tasks, sha
 # %%
 untuned, plain_lora = records.get("untuned"), records.get("LoRA")
 words = {"more": "more than", "less": "less than", "same": "about as much as"}
+told = []
 for name, record in records.items():
     if name not in ("untuned", "LoRA"):
         more = comparison.difference(record, plain_lora, "refused_unseen")
         from_start = comparison.difference(record, untuned, "refused_unseen")
         gain = comparison.gain_ratio(record, plain_lora, untuned).estimate
-        print(f"{name}: keeps {compared(more, **words)} LoRA ({more}) and learns {gain:.2f} of "
-              f"its gain; against the untuned model {from_start}.")
+        told.append(f"{name}: keeps {compared(more, **words)} LoRA ({more}) and learns {gain:.2f} of "
+                    f"its gain; against the untuned model {from_start}.")
+print("\n".join(told))
 
 # %%
 lost = {name: comparison.difference(record, untuned, "refused_unseen").estimate
@@ -363,6 +365,39 @@ print("Within .05 of the untuned model's refusals at 95 % of LoRA's gain:", ", "
 
 # %% [markdown]
 # The last line is the promise: refusal kept, nothing lost on the tasks. Where only a method that *shows the model refusals* keeps it, the data did the work, and a subspace is no substitute for them.
+#
+# Settings differ in how much they learn, so the same methods at **matched utility**: along each method's grid (seed 0, test prompts, straight lines between settings; it describes and chooses nothing),
+# the refusal of unseen verbs where 80 % and 90 % of plain LoRA's gain are reached.
+
+# %%
+matched = [{"method": name, **{f"at {share:.0%} of the gain": comparison.at_utility(
+    record, plain_lora, untuned, share) for share in (0.8, 0.9)}}
+           for name, record in records.items() if name != "untuned"]
+report.table(matched, columns=None if matched else ["method"])
+
+# %% [markdown]
+# ### With poison, and after the defence
+# Three questions that a kept refusal leaves open. Does it survive **poison** in the same data (10 %, three seeds)? Does it survive somebody who **goes on training** without the defence (plain LoRA on
+# 10 % poison; seed 0)? And is the subspace still the right one **after** training: principal angles to the same subspace taken anew, and what projecting its leading direction out does to refusing?
+
+# %%
+measured = ("refused_unseen", "answered", "coherent")
+poison_rows = comparison.table(records, measured, poison=0.1) if records else []
+report.table(poison_rows, columns=None if poison_rows else ["method"], caption="With 10 % poison in the data")
+
+# %%
+attacked = comparison.attacks() if records else []
+report.table(attacked, columns=None if attacked else ["method"],
+             caption="Refusal on unseen verbs after a later attack by plain LoRA")
+
+# %%
+drifted = comparison.drifts(records)
+report.table(drifted, columns=None if drifted else ["method"],
+             caption="The difference subspace before and after training (degrees, nats)")
+
+# %% [markdown]
+# A projection guards the place where refusal *was*. Compare the columns "without": where taking the old direction out no longer lowers the log-odds of refusing, as it does in the untuned model,
+# that direction has stopped carrying refusal, and what kept it clean has kept the wrong place.
 #
 # ## 9 · Verdicts, by rule
 #

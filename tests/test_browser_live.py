@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.browser import FeatureBrowser, browse
-from helpers.browser.directions import head_shares, nearest
+from helpers.browser.directions import nearest
 from helpers.browser.gather import gather
 from helpers.browser.live import Live, answer, by_rule
 from helpers.browser.notes import EMPTY
@@ -282,11 +282,6 @@ def test_the_nearest_directions_are_those_of_largest_cosine_without_the_latent_i
         wanted = sorted((v for v in cosines.values() if v > 0), reverse=True)[:3]
         assert [c for _, c in near] == pytest.approx(wanted, abs=1e-5)
         assert all(cosines[j] == pytest.approx(c, abs=1e-5) for j, c in near)
-
-
-def test_head_shares_are_the_squared_norms_of_the_heads_parts():
-    rows = torch.tensor([[3.0, 4.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    assert head_shares(rows, 2).tolist() == [[1.0, 0.0], [0.5, 0.5], [0.0, 0.0]]
 
 
 def test_neighbours_of_several_layers_stay_in_their_layer_and_carry_the_places_of_the_whole_list(tiny_llama):

@@ -16,7 +16,9 @@ import torch
 
 from helpers.evaluate import endpoint as room
 from helpers.evaluate import guard as guard_room
+from helpers.evaluate import truthfulness
 from helpers.evaluate.agreement import endpoint_labels
+from helpers.evaluate.behaviour import Prompts, measure
 from helpers.evaluate.endpoint import Endpoint, judge_endpoint, set_endpoint
 from helpers.evaluate.guard import guard, guard_conversation, guard_verdict, local_guard
 from helpers.evaluate.material import marked
@@ -419,3 +421,13 @@ def test_a_judge_joins_the_agreement_only_where_an_endpoint_is_set(stub, monkeyp
     stub.answer = lambda messages, number: \
         f"SCORES {tag_of(messages)} refused={int('No.' in messages[1]['content'])} convincing=1 specific=1"
     assert endpoint_labels(rows, said) == {"StrongREJECT": ["refused", "not refused"]}
+
+
+def test_a_look_at_a_model_asks_the_endpoint_that_is_set_about_open_questions(stub, monkeypatch, tiny_llama):
+    monkeypatch.setenv("COMPANION_JUDGE_URL", stub.url)
+    monkeypatch.setenv("COMPANION_JUDGE_MODEL", "judge-1")
+    monkeypatch.setattr(truthfulness, "generate", lambda lm, users, **how: [Completion("Red", True, 1) for _ in users])
+    stub.answer = lambda messages, number: f"VERDICT {tag_of(messages)} none"
+    one = [{"id": "r", "prompt": "Do it.", "refusal": "No.", "compliance": "Yes.", "verb": "do", "object": "it"}]
+    found = measure(tiny_llama, Prompts([OPEN], one, one, one, []), max_new_tokens=2)
+    assert len(stub.seen) == 1 and found.declined.tolist() == [1.0]

@@ -250,6 +250,24 @@ def test_results_that_are_missing_or_mixed_are_refused(tmp_path):
         k.load(tmp_path)
 
 
+def test_attacks_are_read_in_order_of_steps_and_drift_at_the_chosen_setting(tmp_path):
+    (tmp_path / "attacked").mkdir()
+    bits = {steps: fake_arm(c.Job("LoRA", 1), refused, 0.5)["bits"]["test"]
+            for steps, refused in (("100", 0.0), ("0", 1.0), ("20", 0.5))}  # fmt: skip
+    found = {"method": "LoRA", "setting": 1, "poison": 0.1, "bits": bits}
+    (tmp_path / "attacked" / "lora.json").write_text(json.dumps(found))
+    (row,) = k.attacks(tmp_path, "refused_seen")
+    assert list(row) == ["method", "after 0 steps", "after 20 steps", "after 100 steps"]
+    assert (row["after 0 steps"].estimate, row["after 100 steps"].estimate) == (1.0, 0.0)
+    middle = k.Arm(1, 0.1, 0, {"test": bits["20"]})
+    assert row["after 20 steps"].estimate == middle.values("refused_seen").mean()
+    assert k.attacks(tmp_path / "nothing") == []
+    arms = [replace(k.Arm.of(fake_arm(c.Job("ours", setting), 0.5, 0.5)), drift={
+        "angles": [setting, 80], "odds": 3.0, "odds_without_old": 2.0, "odds_without_new": 1.0}) for setting in (4, 16)]
+    rows = k.drifts({"ours": k.Record("ours", "rank", (4, 16), 16, {}, tuple(arms)), "bare": record("bare", [(1, 1)])})
+    assert [list(row.values()) for row in rows] == [["ours", 16, 80, 3.0, 2.0, 1.0]]
+
+
 # ---- drift
 
 

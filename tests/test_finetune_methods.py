@@ -1,6 +1,7 @@
 """Fine-tuning methods: each formula against loops, float64 or finite differences; endpoints; bad input."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -328,6 +329,21 @@ def test_full_fine_tuning_moves_every_weight_and_leaves_no_gradient(run):
 def test_an_update_for_other_layers_is_refused(run):
     with pytest.raises(ValueError, match="does not have"):
         runs.moved(run.start(), {"nowhere": torch.ones(2, 2)})
+
+
+def test_each_kind_of_latents_spans_its_own_subspace_weighed_by_its_own_scores(run, monkeypatch):
+    found, asked = SimpleNamespace(specific="specific", hallucination_only="other", truth_scores="truth"), []
+
+    def span(lm, saes, selection, mask, *, scores, rank):
+        asked.append((mask, scores, rank))
+        return RefusalSubspace(random_subspace(32, rank), method="fake")
+
+    monkeypatch.setattr(methods, "train_saes", lambda lm, p: SimpleNamespace(saes={}))
+    monkeypatch.setattr(methods, "select_latents", lambda lm, trained, p: found)
+    monkeypatch.setattr(methods, "latent_subspace", span)
+    for kind in ("refusal latents", "hallucination latents"):
+        methods.SUBSPACES[kind](run.start(), run.p, 3)
+    assert asked == [("specific", None, 3), ("other", "truth", 3)]
 
 
 def test_random_subspaces_differ_by_seed_and_keep_the_update_out(run):

@@ -191,6 +191,8 @@ def test_both_actions_run_on_every_set_that_holds_latents_with_all_controls(tiny
     assert set(runs) == {("one", "taken out"), ("one", "doubled")} and len(seen) == 1 + 2 * 4
     assert all(len(run.controls) == 3 for run in runs.values())
     clean, out, doubled = seen[0], seen[1], seen[5]
+    own = saes[0].encode(clean)[..., [3]] @ saes[0].W_dec[[3]]
+    torch.testing.assert_close(clean - out, own, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(clean - out, doubled - clean, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(seen[2], seen[3], atol=1e-3), "control seeds differ"
     torch.testing.assert_close(clean - seen[2], seen[6] - clean, atol=1e-4, rtol=1e-4)  # the control is doubled too

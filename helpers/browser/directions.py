@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.browser.stack import Stack
+from helpers.browser.stack import Stack, reader_of
 from helpers.browser.tokens import token_texts
 from helpers.models import LoadedModel, norm_gain
+from helpers.sae.directions import head_shares
 
 N_NEAR = 5
 
@@ -30,20 +31,15 @@ class Directions(Sequence):
         return sum(reader.W_dec.shape[0] for reader in self.stack)
 
     def __getitem__(self, latent: int) -> Mapping[str, Any]:
+        if not 0 <= latent < len(self):
+            raise IndexError(latent)
         start, stop, found = self._known
         if not start <= latent < stop:
             start, stop, found = self._known = self._work_out(latent)
         return found[latent - start]
 
     def _work_out(self, latent: int) -> tuple[int, int, list[dict]]:
-        first = 0
-        for reader in self.stack:
-            width = reader.W_dec.shape[0]
-            if latent < first + width:
-                break
-            first += width
-        else:
-            raise IndexError(latent)
+        reader, first = reader_of(self.stack, latent)
         low = (latent - first) // self.block * self.block
         rows = reader.W_dec[low : low + self.block]
         moved = moved_tokens(self.lm, rows, reader.site, reader.layer, self.n_moved)
@@ -67,12 +63,6 @@ def nearest(
         [(j, c) for j, c in zip(js, cs, strict=True) if [j] != own and c > 0][:k]
         for js, cs, own in zip(top.indices.tolist(), top.values.tolist(), same, strict=True)
     ]
-
-
-def head_shares(rows: Float[Tensor, "n d_in"], n_heads: int) -> Float[Tensor, "n n_heads"]:
-    """The share of each decoder row's squared norm that lies in each query head's part of z."""
-    square = rows.detach().float().cpu().square().unflatten(-1, (n_heads, -1)).sum(-1)
-    return square / square.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
 @torch.no_grad()

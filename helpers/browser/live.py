@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.browser.stack import Stack, run
+from helpers.browser.stack import Stack, reader_of, run
 from helpers.browser.state import TEXT_LIMIT, TOKEN_LIMIT, BrowserState, clip, short
 from helpers.browser.tokens import token_texts
 from helpers.evaluate.judges import judge
@@ -97,14 +97,7 @@ class Live:
             raise ValueError("There is no latent to steer; choose one in the list, or a preset.")
         chosen: dict[int, list[int]] = {}
         for latent in latents:
-            first = 0
-            for reader in self.stack:
-                width = reader.W_dec.shape[0]
-                if 0 <= latent - first < width:
-                    break
-                first += width
-            else:
-                raise ValueError(f"There are latents 0 to {first - 1}, but latent {latent} was asked for.")
+            reader, first = reader_of(self.stack, latent)
             if reader.site != "z":
                 raise ValueError(f"Only SAEs of z can be steered here; this one reads {reader.site}.")
             chosen.setdefault(reader.layer, []).append(latent - first)

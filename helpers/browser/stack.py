@@ -75,6 +75,20 @@ def open_stack(
     return lm, sorted(stack, key=lambda reader: reader.layer)
 
 
+def reader_of(stack: Stack, latent: int) -> tuple[Reader, int]:
+    """The reader that a latent's number in the whole stack belongs to, and that reader's first number.
+
+    ValueError for a latent that does not exist.
+    """
+    first = 0
+    for reader in stack:
+        width = reader.W_dec.shape[0]
+        if 0 <= latent - first < width:
+            return reader, first
+        first += width
+    raise ValueError(f"There are latents 0 to {first - 1}, but latent {latent} was asked for.")
+
+
 def names_of(stack: Stack) -> list[str] | None:
     """'layer.number' of every latent when there are several SAEs, else None (the numbers serve)."""
     if len(stack) == 1:

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from helpers.config import PROFILES, ROOT, Profile, population
+from helpers.config import PROFILES, Profile, population
 from helpers.data import load_table
 from helpers.evaluate.behaviour import measure, prompts, tasks
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.finetune.choosing import OnVal, choose
-from helpers.finetune.comparison import Arm, shares
+from helpers.finetune.comparison import RESULTS, Arm, shares
 from helpers.finetune.drift import drift
 from helpers.finetune.methods import LORA, METHODS, UNTUNED
 from helpers.finetune.runs import Run, update_norm
@@ -36,7 +36,6 @@ from helpers.models import LoadedModel
 from helpers.store import cached_json, code_version, fingerprint, plain, write_json
 from helpers.truth.dial import bits
 
-RESULTS = ROOT / "data" / "results" / "finetuning"
 SEEDS, POISON, POISON_SEEDS = (0, 1, 2, 3, 4), 0.1, (0, 1, 2)
 N_TASKS = 40  # of each task
 DEFAULT = "default-1"

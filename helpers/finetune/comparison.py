@@ -17,7 +17,7 @@ import numpy as np
 
 from helpers.config import ROOT
 from helpers.evaluate.behaviour import prompts
-from helpers.stats import Interval, bootstrap_grid
+from helpers.stats import Interval, bootstrap, bootstrap_grid
 
 RESULTS = ROOT / "data" / "results" / "finetuning"
 MEASURES = {
@@ -169,6 +169,36 @@ def table(records: Mapping[str, Record], measures: Sequence[str] = ("refused_uns
         row: dict[str, Any] = {"method": name, "setting": record.chosen}
         row |= {measure: share(record, measure, at) for measure in measures}
         rows.append(row | {"gain": gain_ratio(record, lora, untuned, poison)})
+    return rows
+
+
+def attacks(folder: Path = RESULTS, measure: str = "refused_unseen") -> list[dict[str, Any]]:
+    """One row per method: a measure of its model of seed 0 after each number of steps of a later, unconstrained LoRA
+    with poison, verbs resampled; [] where none was attacked. Story: notebooks/06_orthogonal_finetuning.
+    """
+    rows = []
+    for path in sorted(Path(folder).glob("attacked/*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        row: dict[str, Any] = {"method": found["method"]}
+        for steps in sorted(found["bits"], key=int):
+            arm = Arm(found["setting"], found["poison"], 0, {"test": found["bits"][steps]})
+            row[f"after {steps} steps"] = bootstrap(arm.values(measure), clusters=_asked("test")[1][measure])
+        rows.append(row)
+    return rows
+
+
+def drifts(records: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """One row per method at its chosen setting (seed 0): principal angles in degrees between the difference subspace
+    before and after training, and mean log-odds of refusing (nats, harmful val prompts) as trained and with the leading
+    direction of the old or of the new subspace projected out. Story: notebooks/06_orthogonal_finetuning.
+    """
+    rows = []
+    for name, record in records.items():
+        arm = next((a for a in record.arms if a.drift and a.setting == record.chosen), None)
+        if arm is not None:
+            angles, odds = arm.drift["angles"], [arm.drift[k] for k in ("odds", "odds_without_old", "odds_without_new")]
+            rows.append({"method": name, "smallest angle": angles[0], "largest angle": angles[-1],
+                         **dict(zip(("log-odds", "without the old direction", "without the new"), odds, strict=True))})
     return rows
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from helpers.config import Profile
@@ -54,21 +55,16 @@ def harmful_rows(split: str = "fit") -> list[dict]:
     return [row for row in load_table("requests", split) if row["kind"] == "harmful"]
 
 
-def _latents(lm: LoadedModel, p: Profile, rank: int) -> RefusalSubspace:
+def _latents(lm: LoadedModel, p: Profile, rank: int, hallucination: bool = False) -> RefusalSubspace:
     trained = train_saes(lm, p)
     found = select_latents(lm, trained, p)
-    return latent_subspace(lm, trained.saes, found, found.specific, rank=rank)
-
-
-def _hallucination(lm: LoadedModel, p: Profile, rank: int) -> RefusalSubspace:
-    trained = train_saes(lm, p)
-    found = select_latents(lm, trained, p)
-    return latent_subspace(lm, trained.saes, found, found.hallucination_only, scores=found.truth_scores, rank=rank)
+    mask, scores = (found.hallucination_only, found.truth_scores) if hallucination else (found.specific, None)
+    return latent_subspace(lm, trained.saes, found, mask, scores=scores, rank=rank)
 
 
 SUBSPACES: dict[str, Callable[[LoadedModel, Profile, int], RefusalSubspace]] = {
     "refusal latents": _latents,
-    "hallucination latents": _hallucination,
+    "hallucination latents": partial(_latents, hallucination=True),
     "difference": lambda lm, p, rank: contrast_subspaces(lm, p, rank=rank)["pca"],
     "refusal direction": lambda lm, p, rank: direction_subspace(lm, p, rank=rank),
     "refusal gradient": lambda lm, p, rank: gradient_subspace(lm, harmful_rows(), rank),

@@ -72,8 +72,7 @@ def train_sae(
     """Train one SAE on the rows of z for `cfg.n_tokens` tokens (rows are seen repeatedly); returns it and its curve.
 
     `architecture` is one of architectures.ARCHITECTURES with sae-lens's `options`; the default is BatchTopK (Bussmann
-    et al. 2024). `cfg.k` is the L0 asked for in each
-    of them. Raises ValueError for an unknown architecture or option,
+    et al. 2024). `cfg.k` is the L0 asked for in each of them. Raises ValueError for an unknown architecture or option,
     impossible sizes, too few or constant activations or ones that are not finite, and RuntimeError when the loss is not
     finite. Story: notebook 03.
     """
