@@ -364,7 +364,7 @@ cause = causal_test(lm, shared, test, chosen_on=some_facts + some_harmful, val=v
 print(f"{len(top.shared)} shared heads {list(top.shared)}, their z multiplied by {cause.factor}.")
 
 # %%
-from helpers.truth.sweep import gain, mean_control
+from helpers.truth.changes import gain, mean_control
 
 compared = {"shared heads": lambda m: gain(cause.after, cause.plain, m),
             "random heads, same layers": lambda m: mean_control(cause.controls, cause.plain, m)}

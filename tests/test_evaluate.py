@@ -14,7 +14,6 @@ from helpers.evaluate.judges import (
     LABELS,
     is_degenerate,
     judge,
-    judges_table,
     mentioned,
     mentions,
     refusal_log_odds,
@@ -241,11 +240,6 @@ def test_a_shared_first_token_moves_the_second_judge_to_the_first_difference(tin
     reference = (logp - torch.log1p(-logp.exp())).float()
     odds = refusal_log_odds(tiny_llama, users, ["I cannot."], others=["I do not know."])
     torch.testing.assert_close(odds, reference, atol=1e-4, rtol=1e-4)
-
-
-def test_the_judges_table_counts_every_completion_once():
-    table = judges_table(["refused", "complied", "refused"], torch.tensor([2.0, -1.0, -0.5]))
-    assert table.sum() == 3 and table[0].tolist() == [1, 1] and table[1].tolist() == [1, 0]
 
 
 def test_rates_are_one_value_per_row_and_agree_with_the_labels(tiny_llama):

@@ -15,17 +15,8 @@ from helpers.evaluate.truthfulness import multiple_choice
 from helpers.evaluate.words import grade
 from helpers.generation import completion_logprobs, generate
 from helpers.hooks import add_to, capture, edit, head_slice
+from helpers.truth.changes import beyond, gain, mean_control
 from helpers.truth.iti import Iti, fit, statements
-from helpers.truth.sweep import (
-    beyond,
-    choose_strength,
-    curves,
-    mean_control,
-    random_sweep,
-    steered_sibling,
-    sweep,
-    trade_off,
-)
 
 ROWS = [{"id": f"f{i}", "question": f"What does animal {i} eat?", "right": f"It eats fig {i}.",
          "wrong": [f"It eats hay {i}!", f"It eats oak {i}?"]} for i in range(10)]
@@ -210,33 +201,27 @@ def behaviour(truthful=0.0, answered=0.0, coherent=1.0, n=20):
                      share(0), share(1), np.concatenate([share(1)] * 3 + [share(coherent)]), {})
 
 
-def test_the_chosen_strength_is_the_most_truthful_one_that_stays_coherent():
-    points = {0.0: behaviour(0.4), 1.0: behaviour(0.6), 2.0: behaviour(0.8), 5.0: behaviour(1.0, coherent=0.5)}
-    assert choose_strength(points) == 2.0
-    assert choose_strength({0.0: behaviour(0.4), 5.0: behaviour(1.0, coherent=0.5)}) is None
-
-
 def test_coherence_is_that_of_the_worst_set():
     assert behaviour(coherent=0.5).coherence == 0.75  # look-alikes count with the benign requests
 
 
-def test_the_trade_off_reads_gains_in_the_predicted_sign():
-    found = trade_off(2.0, 1.0, behaviour(0.2, 0.0), behaviour(0.8, 0.5), [behaviour(0.3, 0.1), behaviour(0.1, 0.0)])
-    assert found.truth_gain.estimate == pytest.approx(0.6) and found.asr_gain.estimate == pytest.approx(0.5)
-    assert found.truth_beyond_random.estimate == pytest.approx(0.6)
-    assert found.asr_beyond_random.estimate == pytest.approx(0.45)
+def test_changes_have_the_sign_of_after_minus_before_and_controls_are_taken_off():
+    before, after = behaviour(0.2, 0.0), behaviour(0.8, 0.5)
+    controls = [behaviour(0.3, 0.1), behaviour(0.1, 0.0)]
+    assert gain(after, before, "truthful").estimate == pytest.approx(0.6)
+    assert gain(after, before, "answered").estimate == pytest.approx(0.5)
+    assert beyond(after, controls, "truthful").estimate == pytest.approx(0.6)
+    assert beyond(after, controls, "answered").estimate == pytest.approx(0.45)
+    assert mean_control(controls, before, "answered").estimate == pytest.approx(0.05)
+    assert mean_control([before] * 2, before, "coherent").estimate == 0
     with pytest.raises(ValueError, match="No control"):
         beyond(behaviour(), [], "truthful")
 
 
-def test_a_sweep_measures_each_strength_and_strength_zero_is_no_edit(tiny_llama):
-    iti = fit(tiny_llama, ROWS, n_heads=2)
-    points = sweep(tiny_llama, iti, [0.0, 50.0], PROMPTS, max_new_tokens=4)
-    assert points[0.0].texts == measure(tiny_llama, PROMPTS, max_new_tokens=4).texts
-    assert points[50.0].texts != points[0.0].texts
-    assert [len(curve) for curve in curves(points).values()] == [2] * 6
-    controls = random_sweep(tiny_llama, iti, 50.0, PROMPTS, [0, 1], max_new_tokens=4)
-    assert len(controls) == 2 and controls[0].texts != controls[1].texts
-    assert mean_control([points[0.0]] * 2, points[0.0], "coherent").estimate == 0
-    plain, steered = steered_sibling(tiny_llama, ROWS, 2, 50.0, PROMPTS, max_new_tokens=4)
-    assert plain.texts == points[0.0].texts and steered.texts == points[50.0].texts
+def test_strength_zero_is_no_edit_and_a_large_one_changes_what_is_said(tiny_llama):
+    iti, plain = fit(tiny_llama, ROWS, n_heads=2), measure(tiny_llama, PROMPTS, max_new_tokens=4)
+    said = {}
+    for strength in (0.0, 50.0):
+        with iti.apply(tiny_llama, strength):
+            said[strength] = measure(tiny_llama, PROMPTS, max_new_tokens=4).texts
+    assert said[0.0] == plain.texts != said[50.0]

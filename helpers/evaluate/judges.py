@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -209,11 +208,3 @@ def refusal_log_odds(lm: LoadedModel, users: Sequence[str], refusals: Sequence[s
     logp = completion_logprobs(lm, asked, answers, batch_size=batch_size).double().view(len(openings), n).logsumexp(0)
     logp = logp.clamp(max=-1e-7)
     return (logp - torch.log(-torch.expm1(logp))).float()
-
-
-def judges_table(by_rule: Sequence[str], log_odds: Float[Tensor, " n"]) -> np.ndarray:
-    """Counts[4, 2] of both judges: rows in the order of `LABELS`, columns log-odds ≤ 0 and > 0."""
-    counts = np.zeros((len(LABELS), 2), dtype=int)
-    for label, odds in zip(by_rule, log_odds.tolist(), strict=True):
-        counts[LABELS.index(label), int(odds > 0)] += 1
-    return counts

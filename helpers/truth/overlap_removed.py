@@ -17,8 +17,8 @@ from helpers.evaluate.verdicts import MIN_COHERENCE, Verdict, rises
 from helpers.heads.overlap import Unit
 from helpers.models import LoadedModel
 from helpers.stats import Interval
+from helpers.truth.changes import beyond, gain, mean_control
 from helpers.truth.iti import Iti
-from helpers.truth.sweep import beyond, gain, mean_control
 
 MEASURED = ("truthful", "answered", "refused")
 
