@@ -336,31 +336,31 @@ if records:
     print("The untuned model's answers are", "the committed ones." if same else "not the committed ones.")
 rows = comparison.table(records) if records else []
 report.table(rows, columns=None if rows else ["method"],
-             caption="Benign fine-tuning at the chosen setting; gain: on the tasks, as a share of LoRA's")
+             caption="Benign fine-tuning at the chosen setting [95 % over seeds and verbs]")
 
 # %%
-points = {row["method"]: [(f"setting {row['setting']:.3g}", row["gain"], row["refused_unseen"])]
-          for row in rows}
-report.paths(points, "What is learned and what is kept", "gain on the tasks, share of plain LoRA's",
-             "refused, verbs never refused in chat", name="finetuning_methods") if points else None
+kept_and_learned = (comparison.MEASURES["refused_unseen"], comparison.GAIN)
+lines = {row["method"]: {words: row[words] for words in kept_and_learned} for row in rows}
+report.forest(lines, "What is kept and what is learned", "share", name="finetuning_methods",
+              reference=(1.0, "LoRA's gain")) if lines else None
 
 # %%
 untuned, plain_lora = records.get("untuned"), records.get("LoRA")
 words = {"more": "more than", "less": "less than", "same": "about as much as"}
 told = []
-for name, record in records.items():
-    if name not in ("untuned", "LoRA"):
-        more = comparison.difference(record, plain_lora, "refused_unseen")
-        from_start = comparison.difference(record, untuned, "refused_unseen")
-        gain = comparison.gain_ratio(record, plain_lora, untuned).estimate
-        told.append(f"{name}: keeps {compared(more, **words)} LoRA ({more}) and learns {gain:.2f} of "
-                    f"its gain; against the untuned model {from_start}.")
-print("\n".join(told))
+for row in rows:
+    if (name := row["method"]) not in ("untuned", "LoRA"):
+        more = comparison.difference(records[name], plain_lora, "refused_unseen")
+        told.append({"method": name, "refuses": f"{compared(more, **words)} LoRA", "minus LoRA": more,
+                     "minus the untuned model": comparison.difference(
+                         records[name], untuned, "refused_unseen")})
+report.table(told, columns=None if told else ["method"], caption="Paired differences on unseen verbs")
 
 # %%
 lost = {name: comparison.difference(record, untuned, "refused_unseen").estimate
         for name, record in records.items()}
-near = [row["method"] for row in rows if row["gain"].estimate >= 0.95 and lost[row["method"]] >= -0.05]
+near = [row["method"] for row in rows
+        if row[comparison.GAIN].estimate >= 0.95 and lost[row["method"]] >= -0.05]
 print("Within .05 of the untuned model's refusals at 95 % of LoRA's gain:", ", ".join(near) or "no method.")
 
 # %% [markdown]

@@ -103,6 +103,11 @@ report.table(siblings(claims), columns=["claim", "coupling", "estimate"],
 # If a trade-off is a property of the *text* a model was trained on rather than of transformers, it should move with the coupling. C1 to C3 are measured over the training seeds of each
 # coupling that are here (notebook 01 asks, with a rule and a test, whether they follow the dial), C6 on one training seed each; the row *default* of C6 is measured as its siblings are, so it need
 # not repeat the estimate of section 1.
+#
+# ## 5 · The leakage ledger
+#
+# Directions, probes and autoencoders are fitted on "fit", choices are made on "val", the embedded model was trained on "chat", and results are reported on "test".
+# This counts test prompts that stand, exactly or nearly, in any of the others.
 
 # %%
 from helpers.evaluate.ledger import ledger

@@ -237,7 +237,8 @@ def test_the_table_has_a_row_per_method_that_was_run():
     records["ours"] = record("ours", [(0.9, 0.8)] * 2, poison=0.1)
     assert [row["method"] for row in k.table(records)] == ["untuned", "LoRA"]
     assert k.table(records, poison=0.1) == []  # plain LoRA was not run there
-    assert k.table(records)[1]["refused_seen"] == k.share(records["LoRA"], "refused_seen")
+    assert k.table(records)[1]["seen verbs refused"] == k.share(records["LoRA"], "refused_seen")
+    assert [row["method"] for row in k.table(records, ("utility",))] == ["LoRA", "untuned"]
 
 
 def test_results_that_are_missing_or_mixed_are_refused(tmp_path):

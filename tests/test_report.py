@@ -140,6 +140,8 @@ def figures():
     yield report.lines([0, 1], {"a": [interval, interval], "b": [0.1, 0.2]}, name="lines_b", reference=(0.3, "chance"))
     yield report.bars({"one": interval, "two": interval}, "B", "rate", name="bars_a", y_range=(0.0, 1.0))
     yield report.bars({"one": {"u": interval, "v": 0.2}, "two": {"u": interval}}, "B", "rate", name="bars_b")
+    tree = {"one": {"u": interval, "v": 0.2}, "<b>two": {"u": interval}}
+    yield report.forest(tree, "E", name="forest", reference=(1, "r"))
     yield report.heatmap(np.array([[1.0, -2.0], [0.0, np.nan]]), "C", "head", "layer", name="heat", diverging=True)
     yield report.paths({"m": [("0", interval, interval), ("<i>", Interval(0.7, 0.6, 0.9, 9), interval)]}, name="way")
     yield report.scatter([1, 2], [3, 4], ["<b>x</b>", "y"], "D", "x", "y", name="points", groups=["g", "h"])
@@ -168,6 +170,15 @@ def test_the_moving_and_the_still_picture_show_the_same_numbers():
     bar = picture.plotly.data[0]
     assert bar.y[0] - bar.error_y.arrayminus[0] == low and bar.y[0] + bar.error_y.array[0] == high
     assert "0.50 [0.25, 0.75]" in picture.text
+
+
+def test_a_forest_lays_values_along_x_in_the_given_order_from_the_top():
+    picture = report.forest({"a": Interval(0.5, 0.25, 0.75, 3), "b": Interval(0.1, 0.0, 0.5, 3)}, name="wood")
+    dots = picture.plotly.data[0]
+    assert (list(dots.x), list(dots.y), dots.mode) == ([0.5, 0.1], ["a", "b"], "markers")
+    assert list(dots.error_x.arrayminus) == [0.25, 0.1] and list(dots.error_x.array) == [0.25, 0.4]
+    assert picture.plotly.layout.yaxis.autorange == "reversed"
+    assert "a: 0.50 [0.25, 0.75]; b: 0.10 [0.00, 0.50]" in picture.text
 
 
 def test_a_path_shows_both_intervals_on_their_own_axes():

@@ -21,9 +21,9 @@ from helpers.stats import Interval, bootstrap, bootstrap_grid
 
 RESULTS = ROOT / "data" / "results" / "finetuning"
 MEASURES = {
-    "refused_unseen": "harmful refused, verbs never refused in chat training",
-    "refused_seen": "harmful refused, verbs refused there",
-    "answered": "harmful answered (ASR)",
+    "refused_unseen": "unseen verbs refused",
+    "refused_seen": "seen verbs refused",
+    "answered": "harmful answered",
     "benign_complied": "benign complied",
     "over_refused": "benign and look-alikes refused",
     "utility": "tasks right",
@@ -31,6 +31,8 @@ MEASURES = {
     "abstained": "abstained on unknown names",
     "coherent": "coherent",
 }
+"""Seen and unseen: harmful requests with verbs that chat training refused, and with verbs it never refused."""
+GAIN = "gain on the tasks, of LoRA's"
 
 
 @cache
@@ -155,7 +157,7 @@ def gain_ratio(record: Record, lora: Record, untuned: Record, poison: float = 0.
 
 def table(records: Mapping[str, Record], measures: Sequence[str] = ("refused_unseen", "refused_seen", "benign_complied",
           "coherent"), poison: float = 0.0) -> list[dict[str, Any]]:
-    """One row per method: the chosen setting, its measures, and its gain on the tasks over plain LoRA's.
+    """One row per method, highest on the first measure first: the chosen setting, the measures in words, and GAIN.
 
     Story: notebooks/06_orthogonal_finetuning.
     """
@@ -167,9 +169,9 @@ def table(records: Mapping[str, Record], measures: Sequence[str] = ("refused_uns
         if not any(arm.poison == at and arm.setting == record.chosen for arm in record.arms):
             continue
         row: dict[str, Any] = {"method": name, "setting": record.chosen}
-        row |= {measure: share(record, measure, at) for measure in measures}
-        rows.append(row | {"gain": gain_ratio(record, lora, untuned, poison)})
-    return rows
+        row |= {MEASURES[measure]: share(record, measure, at) for measure in measures}
+        rows.append(row | {GAIN: gain_ratio(record, lora, untuned, poison)})
+    return sorted(rows, key=lambda row: -row[MEASURES[measures[0]]].estimate)
 
 
 def attacks(folder: Path = RESULTS, measure: str = "refused_unseen") -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from helpers.report.checks import accept, check
 from helpers.report.claims import CLAIMS, claim, collect_claims
 from helpers.report.exports import export_claims
-from helpers.report.figures import Picture, bars, heatmap, lines, paths, scatter
+from helpers.report.figures import Picture, bars, forest, heatmap, lines, paths, scatter
 from helpers.report.html import html_report
 from helpers.report.tables import Table, table
 
@@ -17,6 +17,7 @@ __all__ = [
     "claim",
     "collect_claims",
     "export_claims",
+    "forest",
     "heatmap",
     "html_report",
     "lines",

@@ -14,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from helpers.config import results_dir
+from helpers.report.moving import move
 from helpers.report.static import draw
 from helpers.report.tables import cell
 from helpers.store import write_text
@@ -94,6 +95,26 @@ def bars(
     reference: tuple[float, str] | None = None,
 ) -> Picture:
     """Draw `{bar: value}` or grouped `{bar: {group: value}}`; a value is a number or an interval (a whisker)."""
+    drawn, labels = _grouped(values)
+    made = Drawing("bars", title, x_title, y_title, drawn, x_labels=labels, y_range=y_range, reference=reference)
+    return _picture(name, made)
+
+
+def forest(
+    values: Mapping[str, Any],
+    title: str = "",
+    x_title: str = "",
+    *,
+    name: str,
+    reference: tuple[float, str] | None = None,
+) -> Picture:
+    """Draw a line for each of many names, `{name: value}` or `{name: {group: value}}`, values as dots with whiskers."""
+    drawn, labels = _grouped(values)
+    return _picture(name, Drawing("forest", title, x_title, "", drawn, x_labels=labels, reference=reference))
+
+
+def _grouped(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, list]], tuple[str, ...]]:
+    """Series by group, at the places of the names, and the names."""
     groups: dict[str, dict[str, Any]] = {}
     for bar, value in values.items():
         for group, inner in (value if isinstance(value, Mapping) else {"": value}).items():
@@ -103,9 +124,7 @@ def bars(
     for group, inner in groups.items():
         curve = _curve([inner[b] for b in order if b in inner])
         drawn[group] = {"x": [float(i) for i, b in enumerate(order) if b in inner], **curve, "labels": []}
-    labels = tuple(map(str, order))
-    made = Drawing("bars", title, x_title, y_title, drawn, x_labels=labels, y_range=y_range, reference=reference)
-    return _picture(name, made)
+    return drawn, tuple(map(str, order))
 
 
 def heatmap(
@@ -180,7 +199,7 @@ def _picture(name: str, drawing: Drawing) -> Picture:
         )
     svg = draw(drawing, COLORS, salt=name)
     write_text(results_dir() / "figures" / f"{name}.svg", svg)
-    return Picture(name, _plotly(drawing), svg, _in_words(drawing))
+    return Picture(name, move(drawing, COLORS), svg, _in_words(drawing))
 
 
 def _short(value: Any) -> float:
@@ -228,54 +247,3 @@ def _in_words(d: Drawing) -> str:
     if d.grid:
         said.append(f"  {len(d.grid)} × {len(d.grid[0])} values")
     return "\n".join(said)
-
-
-def _whisker(s: dict[str, list], axis: str) -> dict[str, Any]:
-    low, high = (s["low"], s["high"]) if axis == "y" else (s["x_low"], s["x_high"])
-    up, down = ([abs(b - v) for v, b in zip(s[axis], ends, strict=True)] for ends in (high, low))
-    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1}
-
-
-def _plotly(d: Drawing) -> go.Figure:
-    """Build the moving picture with plain lists, a fixed size and no template, so that a saved notebook stays small."""
-    figure = go.Figure()
-    for i, (name, s) in enumerate(d.series.items()):
-        color = COLORS[i % len(COLORS)]
-        places = [d.x_labels[int(x)] for x in s["x"]] if d.kind == "bars" else s["x"]
-        if d.kind == "lines" and s["low"]:
-            fill = {"fill": "toself", "fillcolor": color, "opacity": 0.15, "line": {"width": 0}, "hoverinfo": "skip"}
-            figure.add_scatter(
-                x=places + places[::-1], y=s["high"] + s["low"][::-1], mode="lines", showlegend=False, **fill
-            )
-        if d.kind == "bars":
-            error = _whisker(s, "y") if s["low"] else None
-            figure.add_bar(x=places, y=s["y"], name=name, marker={"color": color}, error_y=error)
-        else:
-            mode = "markers" if d.kind == "scatter" else "lines+markers"
-            text = s["labels"] if any(s["labels"]) else None
-            crosses = {f"error_{axis}": _whisker(s, axis) for axis in ("x", "y")} if d.kind == "paths" else {}
-            figure.add_scatter(x=places, y=s["y"], name=name, mode=mode, marker={"color": color}, text=text, **crosses)
-    if d.grid is not None:
-        top = max((abs(v) for row in d.grid for v in row if v is not None), default=1.0) or 1.0
-        colors = (
-            {"colorscale": "RdBu", "reversescale": True, "zmin": -top, "zmax": top}
-            if d.diverging
-            else {"colorscale": "Viridis"}
-        )
-        figure.add_heatmap(z=d.grid, x=list(d.x_labels), y=list(d.y_labels), **colors)
-        figure.update_yaxes(autorange="reversed")
-    if d.reference:
-        value, words = d.reference
-        figure.add_hline(y=value, line={"dash": "dash", "color": "#555555", "width": 1}, annotation={"text": words})
-    axis = {"gridcolor": "#e5e5e5", "linecolor": "#333333", "zeroline": False, "automargin": True}
-    figure.update_layout(
-        template="none", title={"text": d.title, "x": 0.02}, width=720, height=400, paper_bgcolor="white",
-        plot_bgcolor="white", font={"family": "sans-serif", "size": 13}, margin={"l": 60, "r": 20, "t": 50, "b": 50},
-        showlegend=len(d.series) > 1 or any(d.series), xaxis={**axis, "title": {"text": d.x_title}},
-        yaxis={**axis, "title": {"text": d.y_title}, **({"range": list(d.y_range)} if d.y_range else {})},
-    )  # fmt: skip
-    figure.layout.template = None
-    if d.kind == "heatmap":
-        figure.update_xaxes(type="category")
-        figure.update_yaxes(type="category")
-    return figure

@@ -9,6 +9,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from helpers.report.moving import height
+
 if TYPE_CHECKING:
     from helpers.report.figures import Drawing
 
@@ -28,15 +30,17 @@ def draw(drawing: "Drawing", colors: tuple[str, ...], salt: str) -> str:
     style = {**STYLE, "svg.hashsalt": salt, "axes.prop_cycle": matplotlib.cycler(color=colors)}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+        figure = Figure(figsize=(7.2, height(drawing) / 100), layout="constrained")
         axes = figure.subplots()
-        {"lines": _lines, "bars": _bars, "scatter": _scatter, "paths": _paths, "heatmap": _heatmap}[
+        {"lines": _lines, "bars": _bars, "scatter": _scatter, "paths": _paths, "heatmap": _heatmap,
+         "forest": _forest}[
             drawing.kind
         ](axes, drawing)
         axes.set(title=textwrap.fill(drawing.title, 84), xlabel=drawing.x_title, ylabel=drawing.y_title)
         if drawing.reference:
             value, words = drawing.reference
-            axes.axhline(value, color="#555555", linestyle="--", linewidth=1, label=words or None)
+            line = axes.axvline if drawing.kind == "forest" else axes.axhline
+            line(value, color="#555555", linestyle="--", linewidth=1, label=words or None)
         if drawing.y_range:
             axes.set_ylim(*drawing.y_range)
         if any(drawing.series) or (drawing.reference and drawing.reference[1]):
@@ -71,6 +75,20 @@ def _bars(axes: Axes, d: Any) -> None:
     long = max(map(len, d.x_labels), default=0) * len(d.x_labels) > 70
     axes.set_xticks(range(len(d.x_labels)), d.x_labels, rotation=25 if long else 0, ha="right" if long else "center")
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _forest(axes: Axes, d: Any) -> None:
+    step = 0.6 / max(1, len(d.series))
+    for i, (name, s) in enumerate(d.series.items()):
+        places = [x + (i - (len(d.series) - 1) / 2) * step for x in s["x"]]
+        kwargs: dict[str, Any] = {"fmt": "o", "markersize": 4, "elinewidth": 1, "label": name or None}
+        if s["low"]:
+            kwargs["xerr"] = [[abs(y - b) for y, b in zip(s["y"], s[one], strict=True)] for one in ("low", "high")]
+        axes.errorbar(s["y"], places, **kwargs)
+    axes.set_yticks(range(len(d.x_labels)), d.x_labels)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
