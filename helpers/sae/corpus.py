@@ -77,10 +77,14 @@ class Tokens:
     sites: dict[Site, Float[Tensor, "n _"]]
     index: Int[Tensor, "n 2"]
 
+    def of(self, site: str) -> dict[int, Tensor]:
+        """Activations of one site, by layer."""
+        return {layer: x for (name, layer), x in self.sites.items() if name == site}
+
     @property
     def z(self) -> dict[int, Tensor]:
         """z by layer: [n, n_heads * d_head]."""
-        return {layer: x for (site, layer), x in self.sites.items() if site == "z"}
+        return self.of("z")
 
     def without_first(self) -> Tokens:
         """Leave out position 0, whose activations are the same in every text and would flatter every number."""

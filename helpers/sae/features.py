@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -153,12 +154,12 @@ class Evidence:
 
     @classmethod
     def gather(
-        cls, lm: LoadedModel, saes: Mapping[int, Any], requests: Sequence[dict], facts: Sequence[dict]
+        cls, lm: LoadedModel, saes: Mapping[int, Any], requests: Sequence[dict], facts: Sequence[dict], site: str = "z"
     ) -> Evidence:
         """Run the model on request and fact rows; only harmful rows that it would refuse and others that it would
         answer count (Arditi et al. 2024). Raises ValueError when one of the two is missing.
         """
-        found = refusal_signals(lm, saes, requests, Openings.of(lm, requests))
+        found = refusal_signals(lm, saes, requests, Openings.of(lm, requests), site=site)
         harmful = np.array([row["kind"] == "harmful" for row in requests])
         keep = harmful == (found.margin.numpy() > 0)
         if not (harmful & keep).any() or not (~harmful & keep).any():
@@ -167,8 +168,8 @@ class Evidence:
             )
         index = torch.as_tensor(np.flatnonzero(keep))
         kept = Signals(found.f[index], found.slope[index], found.margin[index])
-        right, wrong = right_and_wrong(lm, saes, facts)
-        return cls(kept, harmful[keep], right, wrong, truth_signals(lm, saes, facts))
+        right, wrong = right_and_wrong(lm, saes, facts, site)
+        return cls(kept, harmful[keep], right, wrong, truth_signals(lm, saes, facts, site=site))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything as named tensors, for an artifact."""
@@ -225,16 +226,22 @@ def shuffled_counts(fit: Evidence, rule: Rule = Rule(), n: int = 20, seed: int =
     return out
 
 
-def evidence(lm: LoadedModel, trained: Trained, split: str, p: Profile | None = None) -> Evidence:
-    """The evidence of one split of the world for the profile's SAEs, made once and kept as an artifact."""
+def evidence(
+    lm: LoadedModel, trained: Trained, split: str, p: Profile | None = None, site: str = "z"
+) -> Evidence:
+    """The evidence of one split of the world for the SAEs of a site, made once and kept as an artifact."""
     p = p or profile()
     requests, facts = load_table("requests", split), load_table("facts", split)
-    key = {"model": model_key(lm), "sae": trained.key, "split": split, "requests": requests, "facts": facts}
-    made = cached_tensors("sae-evidence", key, lambda: Evidence.gather(lm, trained.saes, requests, facts).tensors())
-    return Evidence.of_tensors(made)
+    key = {"model": model_key(lm), "sae": trained.key, "split": split, "requests": requests, "facts": facts,
+           "site": site}  # fmt: skip
+    gather = partial(Evidence.gather, lm, trained.of(site), requests, facts, site)
+    return Evidence.of_tensors(cached_tensors("sae-evidence", key, lambda: gather().tensors()))
 
 
-def select_latents(lm: LoadedModel, trained: Trained, p: Profile | None = None, rule: Rule = Rule()) -> Selection:  # noqa: B008
-    """The profile's selection: found on the fit split, confirmed on the validation split. Test rows are not read."""
-    widths = {layer: sae.W_dec.shape[0] for layer, sae in sorted(trained.saes.items())}
-    return select(evidence(lm, trained, "fit", p), evidence(lm, trained, "val", p), widths, rule)
+def select_latents(
+    lm: LoadedModel, trained: Trained, p: Profile | None = None, rule: Rule = Rule(), site: str = "z"  # noqa: B008
+) -> Selection:
+    """The selection among the latents of a site: found on the fit split, confirmed on validation; test is not read."""
+    widths = {layer: sae.W_dec.shape[0] for layer, sae in sorted(trained.of(site).items())}
+    fit, val = (evidence(lm, trained, split, p, site) for split in ("fit", "val"))
+    return select(fit, val, widths, rule)

@@ -72,6 +72,21 @@ class Recovered:
     nats: Float[np.ndarray, " n"]
 
 
+def answer_nats(
+    lm: LoadedModel,
+    rows: Sequence[tuple[str, str]],
+    dictionaries: Mapping[int, Dictionary],
+    *,
+    site: str = "z",
+    batch_size: int = 64,
+) -> Float[np.ndarray, " n"]:
+    """−log p of each (prompt, answer) row's answer and its end, in nats, with the dictionaries spliced in."""
+    users, answers = zip(*rows, strict=True)
+    with splice(lm, dictionaries, site):
+        logp = completion_logprobs(lm, users, answers, batch_size=batch_size, include_end=True)
+    return -logp.double().numpy()
+
+
 def loss_recovered(
     lm: LoadedModel,
     rows: Sequence[tuple[str, str]],
@@ -86,20 +101,16 @@ def loss_recovered(
     Ablation replaces z by its mean over `tokens`, a harder baseline than zero. 1 is the clean model, 0 no better than
     the mean; below 0 is worse.
     """
-    users, answers = zip(*rows, strict=True)
-    length = np.array([len(lm.answer_ids(answer)) + 1 for answer in answers])
+    length = np.array([len(lm.answer_ids(answer)) + 1 for _, answer in rows])
     mean_only = {layer: Components.fit(tokens.z[layer], 0) for layer in dictionaries}
-    nats = []
-    for given in ({}, dictionaries, mean_only):
-        with splice(lm, given):
-            logp = completion_logprobs(lm, users, answers, batch_size=batch_size, include_end=True)
-        nats.append(-logp.double().numpy())
-    clean, spliced, ablated = nats
+    clean, spliced, ablated = (
+        answer_nats(lm, rows, given, batch_size=batch_size) for given in ({}, dictionaries, mean_only)
+    )
     draws = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=n_boot)
     shares = (draws @ (ablated - spliced)) / (draws @ (ablated - clean))
     low, high = np.quantile(shares, [0.025, 0.975])
     share = Interval(float((ablated - spliced).sum() / (ablated - clean).sum()), float(low), float(high), len(rows))
-    per_token = [float(n.sum() / length.sum()) for n in nats]
+    per_token = [float(n.sum() / length.sum()) for n in (clean, spliced, ablated)]
     return Recovered(*per_token, share, spliced)
 
 

@@ -23,7 +23,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from helpers.models import LoadedModel
-from helpers.sae.corpus import Text, Tokens, collect_z
+from helpers.sae.corpus import Text, Tokens, collect_sites
 from helpers.sae.dictionaries import Components, Dictionary
 from helpers.sae.world_variables import Variable
 from helpers.stats import Interval
@@ -60,19 +60,22 @@ def readers(saes: Mapping[int, Any], untrained: Mapping[int, Any], fit: Tokens, 
 
 
 @torch.no_grad()
-def pool(lm: LoadedModel, variables: Sequence[Variable], given: Readers, batch_size: int = 64) -> list[Pooled]:
+def pool(
+    lm: LoadedModel, variables: Sequence[Variable], given: Readers, batch_size: int = 64, site: str = "z"
+) -> list[Pooled]:
     """Per variable {method: {layer: [texts, columns]}}: each column's mean over a text's span. Texts run once."""
     layers = sorted({layer for by_layer in given.values() for layer in by_layer})
     number = {ids: i for i, ids in enumerate(dict.fromkeys(s.ids for v in variables for s in v.spans))}
-    tokens = collect_z(lm, [Text(ids, "", len(ids)) for ids in number], layers, batch_size=batch_size)
+    texts = [Text(ids, "", len(ids)) for ids in number]
+    tokens = collect_sites(lm, texts, [(site, layer) for layer in layers], batch_size=batch_size).of(site)
     first = dict(zip(number, np.cumsum([0, *map(len, number)]).tolist(), strict=False))
     out = []
     for variable in variables:
         at = [torch.arange(first[s.ids] + s.start, first[s.ids] + s.stop) for s in variable.spans]
         size = torch.tensor([len(one) for one in at])
-        rows, texts = torch.cat(at), torch.arange(len(at)).repeat_interleave(size)
+        rows, which = torch.cat(at), torch.arange(len(at)).repeat_interleave(size)
         out.append({
-            method: {n: _means(encoder, tokens.z[n], rows, texts, size, lm.device) for n, encoder in by_layer.items()}
+            method: {n: _means(encoder, tokens[n], rows, which, size, lm.device) for n, encoder in by_layer.items()}
             for method, by_layer in given.items()
         })  # fmt: skip
     return out
@@ -196,10 +199,10 @@ def _interval(values: np.ndarray, n: int) -> Interval:
 
 
 def recover_all(
-    lm: LoadedModel, variables: Sequence[Variable], given: Readers, batch_size: int = 64
+    lm: LoadedModel, variables: Sequence[Variable], given: Readers, batch_size: int = 64, site: str = "z"
 ) -> list[Recovery]:
-    """`recover` for every variable."""
-    pooled = pool(lm, variables, given, batch_size)
+    """`recover` for every variable, with encoders of one site."""
+    pooled = pool(lm, variables, given, batch_size, site)
     return [one for variable, x in zip(variables, pooled, strict=True) for one in recover(variable, x)]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from helpers.generation import batches, pad_right
 from helpers.hooks import edit
 from helpers.models import LoadedModel
-from helpers.sae.corpus import Text, collect_z
+from helpers.sae.corpus import Text, collect_sites
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,13 @@ def signals(
     *,
     points: int = 1,
     batch_size: int = 32,
+    site: str = "z",
 ) -> Signals:
     """Latents at the last `points` tokens of every row, and derivatives of logsumexp(toward) − logsumexp(against)
     there.
 
     `toward` and `against` are the next tokens compared, per row. The derivative flows through every later layer and
-    position; a latent's is its decoder row's product with that of z.
+    position; a latent's is its decoder row's product with that of the site the SAEs read.
     """
     arch, layers = lm.arch, sorted(saes)
     width = sum(saes[layer].W_dec.shape[0] for layer in layers)
@@ -79,7 +80,7 @@ def signals(
         ids, mask = pad_right([rows[i] for i in chosen], lm.pad_id)
         last = mask.sum(1) - 1
         seen: dict[int, Tensor] = {}
-        with torch.enable_grad(), edit(lm.model, {("z", layer): _leaf(seen, layer) for layer in layers}):
+        with torch.enable_grad(), edit(lm.model, {(site, layer): _leaf(seen, layer) for layer in layers}):
             hidden = arch.decoder(input_ids=ids.to(arch.device), use_cache=False).last_hidden_state
             logits = arch.logits(hidden[torch.arange(len(chosen)), last]).float()
             difference = _margin(logits, [toward[i] for i in chosen], [against[i] for i in chosen])
@@ -140,14 +141,18 @@ class Openings:
 
 
 def answer_latents(
-    lm: LoadedModel, saes: Mapping[int, Any], pairs: Sequence[tuple[str, str]], skip: Sequence[int] | None = None
+    lm: LoadedModel,
+    saes: Mapping[int, Any],
+    pairs: Sequence[tuple[str, str]],
+    skip: Sequence[int] | None = None,
+    site: str = "z",
 ) -> Float[np.ndarray, "n d"]:
     """Mean latents over the answer tokens of (prompt, answer) pairs, the first `skip` of each left out."""
     texts = []
     for i, (user, answer) in enumerate(pairs):
         prompt, ids = lm.prompt_ids(user), lm.answer_ids(answer)
         texts.append(Text((*prompt, *ids), "", len(prompt) + (min(skip[i], len(ids) - 1) if skip else 0)))
-    return latents_from(lm, saes, texts)
+    return latents_from(lm, saes, texts, site)
 
 
 def prompt_latents(lm: LoadedModel, saes: Mapping[int, Any], users: Sequence[str]) -> Float[np.ndarray, "n d"]:
@@ -157,25 +162,27 @@ def prompt_latents(lm: LoadedModel, saes: Mapping[int, Any], users: Sequence[str
 
 
 @torch.no_grad()
-def latents_from(lm: LoadedModel, saes: Mapping[int, Any], texts: Sequence[Text]) -> Float[np.ndarray, "n d"]:
+def latents_from(
+    lm: LoadedModel, saes: Mapping[int, Any], texts: Sequence[Text], site: str = "z"
+) -> Float[np.ndarray, "n d"]:
     """Mean latents over each text's tokens from its `answer` on, layers side by side, lowest first."""
-    tokens = collect_z(lm, texts, saes)
+    tokens = collect_sites(lm, texts, [(site, layer) for layer in saes])
     row, position = tokens.index.T
     keep = position >= torch.tensor([text.answer for text in texts])[row]
     row = row[keep]
-    kept = {layer: tokens.z[layer][keep].to(lm.device) for layer in sorted(saes)}
-    f = torch.cat([saes[layer].encode(z).float().cpu() for layer, z in kept.items()], -1)
+    kept = {layer: tokens.of(site)[layer][keep].to(lm.device) for layer in sorted(saes)}
+    f = torch.cat([saes[layer].encode(x).float().cpu() for layer, x in kept.items()], -1)
     total = torch.zeros(len(texts), f.shape[1]).index_add_(0, row, f)
     return (total / torch.bincount(row, minlength=len(texts))[:, None]).double().numpy()
 
 
 def right_and_wrong(
-    lm: LoadedModel, saes: Mapping[int, Any], rows: Sequence[dict]
+    lm: LoadedModel, saes: Mapping[int, Any], rows: Sequence[dict], site: str = "z"
 ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]:
     """Mean latents of the right and of the first wrong answer to every fact, from the token where they differ on."""
     skip = [first_difference(*_sentences(lm, row)) for row in rows]
     sides = ([(r["question"], r["right"]) for r in rows], [(r["question"], r["wrong"][0]) for r in rows])
-    right, wrong = (answer_latents(lm, saes, pairs, skip) for pairs in sides)
+    right, wrong = (answer_latents(lm, saes, pairs, skip, site) for pairs in sides)
     return right, wrong
 
 
