@@ -18,6 +18,8 @@ from torch import Tensor
 from helpers.hooks import edit
 from helpers.models import LoadedModel
 from helpers.sae.architectures import nth_largest
+from helpers.sae.loading import HOOKS, hook_name
+from helpers.sites import check_site, site_width
 
 
 @runtime_checkable
@@ -86,22 +88,23 @@ def active(f: Tensor) -> Tensor:
     return f != 0
 
 
-def check_fits(lm: LoadedModel, layer: int, dictionary: Any) -> None:
-    """ValueError, with what to do, unless a dictionary reads vectors of z's width and was not trained on another place.
+def check_fits(lm: LoadedModel, layer: int, dictionary: Any, site: str = "z") -> None:
+    """ValueError, with what to do, unless a dictionary reads vectors of the site's width and was not trained elsewhere.
 
     Dictionaries that do not say what they were made for (no sae-lens `hook_name`) are judged by width alone.
     """
-    width = lm.arch.o_proj(layer).in_features
+    check_site(lm.arch, (site, layer))
+    width = site_width(lm.arch, site)
     shape = getattr(dictionary, "W_dec", getattr(dictionary, "basis", torch.empty(0, 0).T).T).shape
     if len(shape) == 2 and shape[-1] not in (0, width):
         raise ValueError(
-            f"This dictionary reads vectors of width {shape[-1]}, but z of layer {layer} has {width}: train one on "
-            "this model."
+            f"This dictionary reads vectors of width {shape[-1]}, but {site} of layer {layer} has {width}: train one "
+            "on this model."
         )
     hook = getattr(getattr(getattr(dictionary, "cfg", None), "metadata", None), "hook_name", None)
-    if hook and hook not in (f"blocks.{layer}.attn.o.hook_in", f"blocks.{layer}.attn.hook_z"):
+    if hook and hook not in [f"blocks.{layer}.{name}" for name in HOOKS[site]]:
         raise ValueError(
-            f"This SAE was trained on {hook}, which is not z of layer {layer} (blocks.{layer}.attn.o.hook_in): use it "
+            f"This SAE was trained on {hook}, which is not {site} of layer {layer} ({hook_name(site, layer)}): use it "
             "where it was trained."
         )
 
