@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from helpers.browser.directions import nearest
 from helpers.browser.gather import gather
 from helpers.browser.live import Live, answer, by_rule
 from helpers.browser.notes import EMPTY
-from helpers.browser.stack import open_stack
+from helpers.browser.stack import names_of, open_stack
 from helpers.generation import generate
 from helpers.hooks import capture
 from tests.browser.worlds import planted_state
 from tests.test_browser_gather import PROMPTS, random_sae
+from tests.test_sae_sites import by_hand as hand_hook
+from tests.test_sae_sites import minus, sae_at
 
 TEXT = "How do I paint it?"
 
@@ -142,11 +145,75 @@ def test_without_a_model_the_page_is_told_how_to_get_one():
     assert "browse(model" in answer({"id": 1, "kind": "prompt", "text": TEXT}, planted_state(), None)["error"]
 
 
-def test_only_latents_of_z_are_steered(tiny_llama):
-    live = Live(*open_stack(tiny_llama, random_sae(tiny_llama, "blocks.1.hook_resid_post")))
-    assert live.prompt(TEXT, 3)["latents"]
-    with pytest.raises(ValueError, match="Only SAEs of z"):
-        live.steer(TEXT, [3], 0)
+MIXED = (("resid_post", 0), ("z", 1), ("neurons", 1), ("resid_post", 1))  # in the order of a forward pass
+
+
+@pytest.fixture
+def mixed(tiny_llama):
+    """Four SAEs of three sites, two of them of one layer, given in another order; 12 latents each."""
+    saes = {place: sae_at(tiny_llama, *place) for place in (MIXED[3], MIXED[1], MIXED[0], MIXED[2])}
+    return Live(*open_stack(tiny_llama, saes), max_new_tokens=8)
+
+
+def test_a_stack_of_several_sites_stands_in_the_order_of_a_forward_pass_under_names_of_its_own(mixed):
+    assert tuple((reader.site, reader.layer) for reader in mixed.stack) == MIXED
+    names = names_of(mixed.stack)
+    assert len(set(names)) == 48 and names[0] == "resid_post.0.0" and names[13] == "z.1.1"
+
+
+@pytest.mark.parametrize("factor", [-4.0, 0.0, 3.0])
+def test_latents_of_several_sites_are_steered_in_one_forward_each_at_its_own_place(mixed, factor):
+    own = {MIXED[0]: [0, 4], MIXED[1]: [1, 2, 9], MIXED[2]: [0, 11], MIXED[3]: [5, 6]}
+    latents = [12 * k + i for k, place in enumerate(MIXED) for i in own[place]]
+    steered = mixed.steer(TEXT, latents, factor)["steered"]["text"]
+    assert steered == answer_by_hand(mixed.lm, own, factor)
+    for place in MIXED:
+        without = {other: numbers for other, numbers in own.items() if other != place}
+        assert steered != answer_by_hand(mixed.lm, without, factor), f"{place} matters"
+
+
+def answer_by_hand(lm, own, factor, n=8):
+    """Greedy tokens with the latents of each place multiplied by hooks of the test's own, without a cache."""
+    ids = lm.prompt_ids(TEXT)
+    with ExitStack() as hooks, torch.no_grad():
+        for place, numbers in own.items():
+            hooks.enter_context(hand_hook(lm, *place, minus(sae_at(lm, *place), numbers, 1 - factor)))
+        for _ in range(n):
+            ids = ids + [int(lm.model(torch.tensor([ids])).logits[0, -1].argmax())]
+            if ids[-1] in lm.stop_ids:
+                break
+    return lm.tokenizer.decode(ids[len(lm.prompt_ids(TEXT)) :], skip_special_tokens=True).strip()
+
+
+def test_factor_one_changes_nothing_at_any_site_and_leaves_nothing_behind(mixed):
+    before = generate(mixed.lm, [TEXT], max_new_tokens=8)
+    same = mixed.steer(TEXT, list(range(48)), 1.0)
+    assert same["steered"] == same["plain"] and same["plain"]["text"] == before[0].text
+    assert mixed.steer(TEXT, list(range(48)), 8.0)["steered"] != same["plain"]
+    assert generate(mixed.lm, [TEXT], max_new_tokens=8) == before
+    hooked = [m for m in mixed.lm.model.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert hooked == []
+
+
+def test_a_mixed_stack_shows_each_latents_own_activations_and_page(mixed):
+    state = gather(mixed.lm, list(mixed.stack), PROMPTS)
+    assert state.meta["site"] == "resid_post of layer 0, z of layer 1, neurons of layer 1, resid_post of layer 1"
+    assert [len(page["heads"]) > 0 for page in state.pages] == [place[0] == "z" for place in MIXED for _ in range(12)]
+    assert all(page["promoted"] for page in state.pages)
+    for k, (site, layer) in enumerate(MIXED):
+        with torch.no_grad(), capture(mixed.lm, {site: [layer]}) as cache:
+            mixed.lm.model(torch.tensor([mixed.lm.prompt_ids(TEXT)]))
+        wanted = sae_at(mixed.lm, site, layer).encode(cache[site, layer][0])[:, 3]
+        wanted[0] = 0  # bos
+        assert mixed.prompt(TEXT, 12 * k + 3)["values"] == pytest.approx(wanted.tolist(), rel=0.01, abs=1e-4)
+
+
+def test_two_saes_of_one_place_and_unknown_sites_are_refused_in_one_sentence(tiny_llama):
+    sae = sae_at(tiny_llama, "z", 1)
+    with pytest.raises(ValueError, match="Two SAEs read z of layer 1: open them one at a time"):
+        open_stack(tiny_llama, {1: sae, ("z", 1): sae})
+    with pytest.raises(ValueError, match="Unknown site 'heads': use one of"):
+        open_stack(tiny_llama, {("heads", 1): sae})
 
 
 @pytest.mark.parametrize("reshape", ["none", "hook_z"])

@@ -29,11 +29,11 @@ def gather(
 ) -> BrowserState:
     """The browser state of `sae` on `prompts`: a list, or {group: list}, of user texts or (user text, answer) pairs.
 
-    `model` is a LoadedModel or a path; `sae` a sae-lens SAE, the folder one was saved in, or {layer: SAE} to see
-    several layers at once. Two groups are compared with each other; with more, name the `contrasts` {name: (positive
-    group, negative group)}. A contrast looks at the answer where there is one, else at the whole prompt. `site` and
-    `layer` come from the SAE's own metadata unless given. `options` go to `build_state`. Raises ValueError when the SAE
-    does not fit the model or a group is empty. Story: notebook 05.
+    `model` is a LoadedModel or a path; `sae` a sae-lens SAE, the folder one was saved in, or {layer: SAE} or
+    {(site, layer): SAE} to see several places at once. Two groups are compared with each other; with more, name the
+    `contrasts` {name: (positive group, negative group)}. A contrast looks at the answer where there is one, else at the
+    whole prompt. `site` and `layer` come from the SAE's own metadata unless given. `options` go to `build_state`.
+    Raises ValueError when the SAE does not fit the model or a group is empty. Story: notebook 05.
     """
     lm, stack = open_stack(model, sae, site, layer)
     rows, groups = _rows(prompts)

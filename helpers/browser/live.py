@@ -7,6 +7,7 @@ back as one sentence: a wrong prompt never ends the browser.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -64,19 +65,22 @@ class Live:
     def steer(self, text: str, latents: Sequence[int], factor: float) -> dict[str, Any]:
         """The greedy answer as it is and with each of `latents` multiplied by `factor` at every token, both labelled.
 
-        0 takes the latents out, 1 changes nothing, 2 doubles them. {"plain": {"text", "label"}, "steered": {"text",
+        Each latent is scaled where its SAE reads; an SAE further up encodes what the edits below it left. 0 takes the
+        latents out, 1 changes nothing, 2 doubles them. {"plain": {"text", "label"}, "steered": {"text",
         "label"}, "fired": how many of the latents are active on the prompt}. ValueError for no latents, a factor beyond
-        `FACTORS`, a latent that does not exist, an SAE that does not read z, or a prompt beyond the context.
+        `FACTORS`, a latent that does not exist, or a prompt beyond the context.
         """
         low, high = FACTORS
         if not low <= factor <= high:
             raise ValueError(f"The factor is {factor:g}; choose one from {low:g} to {high:g}.")
-        chosen = self._by_layer(latents)
+        chosen = self._by_site(latents)
         acts = self._activations(text)[1]
         if text not in self._plain:
             self._plain = {text: generate(self.lm, [text], max_new_tokens=self.max_new_tokens)[0]}
-        saes = {reader.layer: reader for reader in self.stack if reader.site == "z"}
-        with ablate(self.lm, saes, chosen, strength=1 - factor):
+        with ExitStack() as edits:
+            for site, of_layer in chosen.items():
+                saes = {reader.layer: reader for reader in self.stack if reader.site == site}
+                edits.enter_context(ablate(self.lm, saes, of_layer, site=site, strength=1 - factor))
             steered = generate(self.lm, [text], max_new_tokens=self.max_new_tokens)[0]
         said = {"plain": self._plain[text], "steered": steered}
         answers = {
@@ -92,15 +96,14 @@ class Live:
             self._acts = text, [clip(of[i], TOKEN_LIMIT) for i in ids], acts
         return self._acts[1:]
 
-    def _by_layer(self, latents: Sequence[int]) -> dict[int, list[int]]:
+    def _by_site(self, latents: Sequence[int]) -> dict[str, dict[int, list[int]]]:
+        """{site: {layer: numbers within that SAE}}."""
         if not latents:
             raise ValueError("There is no latent to steer; choose one in the list, or a preset.")
-        chosen: dict[int, list[int]] = {}
+        chosen: dict[str, dict[int, list[int]]] = {}
         for latent in latents:
             reader, first = reader_of(self.stack, latent)
-            if reader.site != "z":
-                raise ValueError(f"Only SAEs of z can be steered here; this one reads {reader.site}.")
-            chosen.setdefault(reader.layer, []).append(latent - first)
+            chosen.setdefault(reader.site, {}).setdefault(reader.layer, []).append(latent - first)
         return chosen
 
 

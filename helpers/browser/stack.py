@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from helpers.generation import batches, check_lengths, pad_right
 from helpers.hooks import capture
 from helpers.models import LoadedModel, load_model
 from helpers.sae.loading import find_site, read_sae
-from helpers.sites import site_width
+from helpers.sites import SITES, check_site, site_width
 
 MAX_BYTES = 4 << 30  # of activations in memory at once
 UNTRAINED = 0.6  # of the variance left unexplained; an untrained dictionary of equal L0 leaves about two thirds [own]
@@ -26,7 +27,7 @@ class Reader:
     def __init__(self, lm: LoadedModel, sae: Any, site: str, layer: int) -> None:
         self.sae, self.site, self.layer, self.arch = sae, site, layer, lm.arch
         self.by_head = getattr(getattr(sae, "cfg", None), "reshape_activations", "none") == "hook_z"
-        self.arch.layer(layer)
+        check_site(self.arch, (site, layer))
         width = site_width(self.arch, site)
         if sae.W_dec.shape[1] != width:
             raise ValueError(
@@ -58,10 +59,10 @@ Stack = Sequence[Reader]
 def open_stack(
     model: LoadedModel | str | Path, sae: Any, site: str | None = None, layer: int | None = None
 ) -> tuple[LoadedModel, Stack]:
-    """The loaded model and its readers, lowest layer first.
+    """The loaded model and its readers, in the order in which a forward pass meets them.
 
-    `sae` is a sae-lens SAE, the folder or public release of one (as in read_sae), {layer: SAE}, or a stack made before;
-    ValueError when it does not fit the model.
+    `sae` is a sae-lens SAE, the folder or public release of one (as in read_sae), {layer: SAE}, {(site, layer): SAE}, or
+    a stack made before; ValueError when it does not fit the model or two SAEs read the same place.
     """
     lm = model if isinstance(model, LoadedModel) else load_model(model)
     if isinstance(sae, list) and sae and all(isinstance(one, Reader) for one in sae):
@@ -69,10 +70,14 @@ def open_stack(
     stack = []
     for at, one in (sae if isinstance(sae, Mapping) else {layer: sae}).items():
         one = read_sae(one) if isinstance(one, str | Path) else one
-        stack.append(Reader(lm, one, *find_site(one, site, at)))
+        stack.append(Reader(lm, one, *find_site(one, *(at if isinstance(at, tuple) else (site, at)))))
     if not stack:
         raise ValueError("No SAE was given; pass one, or {layer: SAE}.")
-    return lm, sorted(stack, key=lambda reader: reader.layer)
+    stack.sort(key=lambda reader: (reader.layer, SITES.index(reader.site)))
+    for one, two in pairwise(stack):
+        if (one.site, one.layer) == (two.site, two.layer):
+            raise ValueError(f"Two SAEs read {one.site} of layer {one.layer}: open them one at a time.")
+    return lm, stack
 
 
 def reader_of(stack: Stack, latent: int) -> tuple[Reader, int]:
@@ -90,10 +95,15 @@ def reader_of(stack: Stack, latent: int) -> tuple[Reader, int]:
 
 
 def names_of(stack: Stack) -> list[str] | None:
-    """'layer.number' of every latent when there are several SAEs, else None (the numbers serve)."""
+    """'layer.number' of every latent when there are several SAEs, 'site.layer.number' when their sites differ.
+
+    None for one SAE: the numbers serve.
+    """
     if len(stack) == 1:
         return None
-    return [f"{reader.layer}.{i}" for reader in stack for i in range(reader.W_dec.shape[0])]
+    mixed = len({reader.site for reader in stack}) > 1
+    heads = [f"{reader.site}.{reader.layer}" if mixed else reader.layer for reader in stack]
+    return [f"{head}.{i}" for head, reader in zip(heads, stack, strict=True) for i in range(reader.W_dec.shape[0])]
 
 
 @torch.inference_mode()

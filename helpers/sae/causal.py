@@ -1,7 +1,7 @@
-"""What the model does when chosen latents are taken out of z: refusal and truth, against matched controls.
+"""What the model does when chosen latents are taken out of what their SAE reads: refusal and truth, against controls.
 
-Ablation subtracts a latent's own contribution f·d from z wherever it fires and leaves the rest of z, and the SAE's
-error, as they are. The control takes out vectors of the same number, at the same tokens and of the same norm, along
+Ablation subtracts a latent's own contribution f·d from z (or another site) wherever it fires and leaves the rest, and
+the SAE's error, as they are. The control takes out vectors of the same number, at the same tokens and of the same norm, along
 the decoder rows of other, randomly drawn latents. Notebook 04 tells the story.
 """
 
@@ -34,13 +34,20 @@ Latents = Mapping[int, Sequence[int]]
 
 @contextmanager
 def ablate(
-    lm: LoadedModel, saes: Mapping[int, Any], latents: Latents, *, strength: float = 1.0, seed: int | None = None
+    lm: LoadedModel,
+    saes: Mapping[int, Any],
+    latents: Latents,
+    *,
+    site: str = "z",
+    strength: float = 1.0,
+    seed: int | None = None,
 ) -> Iterator[None]:
-    """Take `strength` times the latents' contribution out of z at every position inside the block (−1 doubles it).
+    """Take `strength` times the latents' contribution out of a site at every position inside the block (−1 doubles it).
 
-    With a `seed`, as much is taken out along randomly drawn other latents' decoder rows: the same tokens and norm,
-    another direction. `latents` is {layer: numbers}. ValueError for no latents, a number the SAE does not have, or an
-    SAE that was made for another width or layer.
+    `saes` read `site` (helpers.sites) of their layer and `latents` is {layer: numbers}. An SAE further up encodes what
+    those below it left. With a `seed`, as much is taken out along randomly drawn other latents' decoder rows: the same
+    tokens and norm, another direction. ValueError for no latents, a number the SAE does not have, or an SAE that was
+    made for another width, site or layer. Story: notebook 04.
     """
     if not any(len(chosen) for chosen in latents.values()):
         raise ValueError("No latent was selected, so there is nothing to take out: loosen the rule that selects them.")
@@ -48,9 +55,9 @@ def ablate(
         if layer not in saes:
             raise ValueError(f"There is no SAE for layer {layer}: the SAEs are those of layers {sorted(saes)}.")
         if len(chosen):
-            check_fits(lm, layer, saes[layer])
+            check_fits(lm, layer, saes[layer], site)
     edits = {
-        ("z", layer): _removal(saes[layer], chosen, strength, seed) for layer, chosen in latents.items() if len(chosen)
+        (site, layer): _removal(saes[layer], chosen, strength, seed) for layer, chosen in latents.items() if len(chosen)
     }
     with edit(lm.model, edits):
         yield
@@ -65,7 +72,7 @@ def _removal(sae: Any, chosen: Sequence[int], strength: float, seed: int | None)
     other = None if seed is None else sae.W_dec[_others(width, index, seed)].float()
 
     def remove(x: Tensor) -> Tensor:
-        f = sae.encode(x.float())[..., index]
+        f = sae.encode(x.float())[..., index] * _output_scale(sae)
         taken = f @ rows
         if other is not None:
             instead = f @ other
@@ -73,6 +80,13 @@ def _removal(sae: Any, chosen: Sequence[int], strength: float, seed: int | None)
         return x - strength * taken.to(x)
 
     return remove
+
+
+def _output_scale(sae: Any) -> Any:
+    """What decode multiplies its output by after the last encode: not 1 for an SAE that normalises each vector."""
+    sae = getattr(sae, "sae", sae)
+    kind = getattr(getattr(sae, "cfg", None), "normalize_activations", "none")
+    return sae.ln_std if kind == "layer_norm" else 1 / sae.x_norm_coeff if kind == "constant_norm_rescale" else 1.0
 
 
 def _others(width: int, index: Tensor, seed: int) -> Tensor:
