@@ -360,6 +360,38 @@ print(told + ".", f"Truth before ablation is {near_limit}.", sep="\n")
 # %% [markdown]
 # Where taking filtered latents out moves next to nothing, "hallucination feature" means *a feature that separates wrong from right answers*, and no more.
 #
+# ### The same questions in the residual stream
+# z of a layer is only what its heads add. Does the separation hold in what the model has written *so far*? The same rule, prompts, actions and controls with SAEs of the stream
+# after the same layers (notebook 03 compares their quality). This decides nothing about C7, which is about z.
+
+# %%
+from helpers.sae.describe import kind_counts
+
+stream_saes = train_saes(lm, p, sites=[("resid_post", n) for n in p.sae.layers])
+in_stream = select_latents(lm, stream_saes, p, site="resid_post")
+stream_null = shuffled_counts(evidence(lm, stream_saes, "fit", p, "resid_post"))
+report.table(kind_counts({"z": (selection, null), "residual stream": (in_stream, stream_null)}))
+
+# %%
+stream_sets = {"refusal-specific": in_stream.by_layer(in_stream.specific),
+               "hallucination-only": in_stream.by_layer(in_stream.hallucination_only)}
+stream_runs = two_by_two(lm, stream_saes.of("resid_post"), stream_sets, base, measure, site="resid_post")
+stream_table = cells(stream_runs)
+report.table([cell.row() for cell in stream_table],
+             columns=list(stream_table[0].row()) if stream_table else ["latents"],
+             caption="Latents of the residual stream")
+
+# %%
+stream_separated = double_dissociation(
+    stream_table, {"refusal-specific": "refusal", "hallucination-only": "truth"})
+for cell in stream_table:
+    print(in_words(cell))
+print("In the stream the separation is", "double." if all(stream_separated.values()) else "not shown to be double.")
+
+# %% [markdown]
+# Two things to look for. A set that moves *both* behaviours is what the paper calls entangled, whatever it was selected for. And doubling can break the model instead of strengthening a
+# behaviour: then the log-odds of refusing rise while fewer answers *are* refusals, because many are gibberish.
+#
 # ## 5 · Verdict, by rule
 #
 # C7 needs a refusal-specific set whose removal lowers refusal, by more than the control's, while truth stays within a stated margin; and SAEs that passed notebook 03's gate.
@@ -379,6 +411,7 @@ control = run.control_fall("refused") if run else found.refusal_drop
 shuffled = {kind: one.as_dict() for kind, one in null.items()}
 details = {"kinds": selection.counts(), "shuffled": shuffled, "rank": main.rank, "separated": separated,
            "truth_change": found.truth_change.as_dict(),
+           "stream_kinds": in_stream.counts(), "stream_separated": stream_separated,
            "beyond_control": found.refusal_beyond_control.as_dict()}
 unit = "fall in share of harmful requests refused when refusal-specific latents are taken out"
 claim = report.claim("C7", estimate=found.refusal_drop, verdict=verdict, unit=unit,
@@ -406,6 +439,14 @@ report.check("features.truth_nats_taken_out", of_truth, atol=0.03)
 report.check("features.refusal_set_separates", separated["refusal-specific"])
 report.check("features.hallucination_set_separates", separated["hallucination-only"])
 report.check("features.subspace_dimension", main.rank, atol=3)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+in_nats = {f"{cell.latents}, {cell.action}: {cell.behaviour}": cell.nats.estimate for cell in stream_table}
+of_stream = in_nats.get("refusal-specific, taken out: refusal", 0.0)
+report.check("features.stream_refusal_nats_taken_out", of_stream, atol=1.5)
+report.check("features.stream_refusal_set_separates", stream_separated["refusal-specific"])
+report.check("features.stream_hallucination_set_separates", stream_separated["hallucination-only"])
 
 # %% [markdown]
 # ## Exercises

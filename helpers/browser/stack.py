@@ -61,8 +61,8 @@ def open_stack(
 ) -> tuple[LoadedModel, Stack]:
     """The loaded model and its readers, in the order in which a forward pass meets them.
 
-    `sae` is a sae-lens SAE, the folder or public release of one (as in read_sae), {layer: SAE}, {(site, layer): SAE}, or
-    a stack made before; ValueError when it does not fit the model or two SAEs read the same place.
+    `sae` is a sae-lens SAE, the folder or public release of one (as in read_sae), {layer: SAE}, {(site, layer): SAE},
+    or a stack made before; ValueError when it does not fit the model or two SAEs read the same place.
     """
     lm = model if isinstance(model, LoadedModel) else load_model(model)
     if isinstance(sae, list) and sae and all(isinstance(one, Reader) for one in sae):

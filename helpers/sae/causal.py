@@ -1,8 +1,8 @@
 """What the model does when chosen latents are taken out of what their SAE reads: refusal and truth, against controls.
 
 Ablation subtracts a latent's own contribution f·d from z (or another site) wherever it fires and leaves the rest, and
-the SAE's error, as they are. The control takes out vectors of the same number, at the same tokens and of the same norm, along
-the decoder rows of other, randomly drawn latents. Notebook 04 tells the story.
+the SAE's error, as they are. The control takes out vectors of the same number, at the same tokens and of the same
+norm, along the decoder rows of other, randomly drawn latents. Notebook 04 tells the story.
 """
 
 from __future__ import annotations
@@ -198,16 +198,17 @@ def ablation(
     measure: Callable[[], Outcomes],
     n_controls: int = 3,
     strength: float = 1.0,
+    site: str = "z",
 ) -> Ablated:
     """`measure()` with the latents ablated and with `n_controls` random draws of equal number, tokens and norm.
 
-    `strength` as in `ablate`: 1 takes the latents out, −1 doubles them. Errors as in `ablate`.
+    `strength` and `site` as in `ablate`: 1 takes the latents out, −1 doubles them. Errors as in `ablate`.
     """
-    with ablate(lm, saes, latents, strength=strength):
+    with ablate(lm, saes, latents, strength=strength, site=site):
         out = measure()
     controls = []
     for seed in range(n_controls):
-        with ablate(lm, saes, latents, strength=strength, seed=seed):
+        with ablate(lm, saes, latents, strength=strength, seed=seed, site=site):
             controls.append(measure())
     return Ablated(base, out, controls)
 

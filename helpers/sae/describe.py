@@ -63,6 +63,16 @@ def count_bars(selection: Selection, null: Mapping[str, Interval]) -> dict[str, 
             for kind in KINDS[:3]}  # fmt: skip
 
 
+def kind_counts(found: Mapping[str, tuple[Selection, Mapping[str, Interval]]]) -> list[dict[str, Any]]:
+    """One row per place {place: (selection, counts under shuffled labels)}: latents of each kind, found (shuffled)."""
+    return [
+        {"place": place, "latents": sum(selection.widths.values())}
+        | {kind: f"{n} ({null[kind].low:.0f} to {null[kind].high:.0f} shuffled)" for kind, n in counts.items()}
+        for place, (selection, null) in found.items()
+        for counts in [dict(list(selection.counts().items())[:3])]
+    ]
+
+
 def effect_rows(runs: Mapping[str, Ablated], names: Sequence[str] = tuple(OUTCOMES)) -> list[dict[str, Any]]:
     """One row per ablated set and outcome: how much it falls, how much under the control, and the paired difference."""
     return [

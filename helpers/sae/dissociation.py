@@ -69,10 +69,11 @@ def two_by_two(
     base: Outcomes,
     measure: Callable[[], Outcomes],
     n_controls: int = 4,
+    site: str = "z",
 ) -> dict[tuple[str, str], Ablated]:
-    """{(set, action): outcomes and controls} for both actions on every set that holds latents."""
+    """{(set, action): outcomes and controls} for both actions on every set that holds latents of a site's SAEs."""
     return {
-        (name, action): ablation(lm, saes, latents, base, measure, n_controls, strength)
+        (name, action): ablation(lm, saes, latents, base, measure, n_controls, strength, site)
         for name, latents in sets.items()
         if any(len(chosen) for chosen in latents.values())
         for action, strength in ACTIONS.items()
