@@ -257,7 +257,7 @@ def test_moving_a_constraint_projects_at_once(tiny_folders):
         if where.side == "in":
             a = layers[name].lora_A.default.weight
             assert (a.double() @ where.basis).norm() < 1e-5 * a.norm()
-    with pytest.raises(ValueError, match="do not exist or carry no adapter"):
+    with pytest.raises(ValueError, match="do not exist or are not trained"):
         constraint.move({"nowhere": new[name]})
 
 

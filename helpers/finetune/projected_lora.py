@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from helpers.finetune.adapters import PREFIX, RECORD, base_digest, linear_layers, read_adapter
+from helpers.finetune.constraint import Constraint, check_fit, inside
 from helpers.finetune.subspace import ModuleBasis
 from helpers.models import LoadedModel
 
@@ -43,24 +42,7 @@ def add_lora(lm: LoadedModel, *, rank: int, alpha: float, seed: int) -> PeftMode
         return get_peft_model(lm.model, config)
 
 
-def inside(matrix: Float[Tensor, "a b"], basis: Float[Tensor, "d r"], side: str) -> Float[Tensor, "a b"]:
-    """The part of a factor or update inside the subspace: U(Uᵀ·M) on the output side, (M·V)Vᵀ on the input side."""
-    return basis @ (basis.T @ matrix) if side == "out" else (matrix @ basis) @ basis.T
-
-
-def check_fit(shapes: Mapping[str, torch.Size], subspaces: Mapping[str, ModuleBasis]) -> None:
-    """Raise ValueError unless every constrained module is among the layers, with the width of its basis."""
-    if missing := sorted(set(subspaces) - set(shapes)):
-        known = f"{missing[0]}, for one; full names look like {next(iter(shapes), 'nothing: there is no adapter')}"
-        raise ValueError(f"A subspace is given for modules that do not exist or carry no adapter ({known}).")
-    for name, where in subspaces.items():
-        width = shapes[name][0 if where.side == "out" else 1]
-        if where.basis.shape[0] != width:
-            side = "output" if where.side == "out" else "input"
-            raise ValueError(f"The basis for {name} has width {where.basis.shape[0]}, but its {side} has {width}.")
-
-
-class ProjectedLora:
+class ProjectedLora(Constraint):
     """Keeps a peft LoRA model's update out of one subspace per module; without subspaces it is plain LoRA.
 
     `subspaces` maps full module names to a ModuleBasis: side "out" holds UᵀB = 0, side "in" holds A·V = 0.
@@ -71,9 +53,8 @@ class ProjectedLora:
     def __init__(
         self, model: PeftModel, subspaces: Mapping[str, ModuleBasis] | None = None, variant: str = "projected"
     ) -> None:
-        if variant not in ("projected", "as_published"):
-            raise ValueError(f'The variant is "projected" or "as_published", not {variant!r}.')
-        self.model, self.variant = model, variant
+        super().__init__(variant)
+        self.model = model
         self.move(subspaces)
 
     def move(self, subspaces: Mapping[str, ModuleBasis] | None) -> None:
@@ -81,45 +62,17 @@ class ProjectedLora:
         self.subspaces, model = dict(subspaces or {}), self.model
         layers = {n.removeprefix(PREFIX): layer for n, layer in model.named_modules() if hasattr(layer, "lora_A")}
         check_fit({name: layer.weight.shape for name, layer in layers.items()}, self.subspaces)
-        self._factors: list[tuple[nn.Parameter, ModuleBasis, Tensor]] = []
+        self._held = []
         for name, where in self.subspaces.items():
             factor = (layers[name].lora_B if where.side == "out" else layers[name].lora_A)["default"].weight
-            self._factors.append((factor, where, where.basis.to(factor)))
+            self._held.append((factor, where, where.basis.to(factor)))
         self.project()
 
     @torch.no_grad()
     def project(self) -> None:
         """Put every constrained factor back outside its subspace, in place: B ← B − U(UᵀB), A ← A − (A·V)Vᵀ."""
-        for factor, where, basis in self._factors:
+        for factor, where, basis in self._held:
             factor.sub_(inside(factor, basis, where.side))
-
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        """The variant "as_published": the same projection, of the gradients, before the optimizer sees them."""
-        for factor, where, basis in self._factors:
-            if factor.grad is not None:
-                factor.grad.sub_(inside(factor.grad, basis, where.side))
-
-    def attach(self, optimizer: torch.optim.Optimizer):
-        """Constrain every step of any torch optimizer from here on; returns a handle with remove()."""
-        if self.variant == "as_published":
-            return optimizer.register_step_pre_hook(lambda *_: self.project_gradients())
-        return optimizer.register_step_post_hook(lambda *_: self.project())
-
-    def callback(self) -> TrainerCallback:
-        """The same constraint for transformers.Trainer: pass it in `callbacks`."""
-        constraint = self
-
-        class Constrain(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, **kwargs):
-                if constraint.variant == "as_published":
-                    constraint.project_gradients()
-
-            def on_optimizer_step(self, args, state, control, **kwargs):
-                if constraint.variant == "projected":
-                    constraint.project()
-
-        return Constrain()
 
     @torch.no_grad()
     def save(self, path: Path | str, name: str = "") -> Path:
@@ -129,7 +82,7 @@ class ProjectedLora:
         """
         path = Path(path)
         if self.variant == "projected":
-            for factor, where, _ in self._factors:
+            for factor, where, _ in self._held:
                 wide = factor.double()
                 factor.copy_(wide - inside(wide, where.basis.to(wide), where.side))
         self.model.peft_config["default"].base_model_name_or_path = name
@@ -163,14 +116,22 @@ def leak(
     pairs = read_adapter(adapter)
     check_fit({name: pair.shape for name, pair in pairs.items()}, subspaces)
     layers = {} if merged_into is None else linear_layers(merged_into)
-    within, whole = {}, {}
-    for name, where in subspaces.items():
+    deltas = {}
+    for name in subspaces:
         if merged_into is None:
-            delta = pairs[name].to(dtype).delta
+            deltas[name] = pairs[name].to(dtype).delta
         else:
             weight = layers[name].weight.detach().cpu().to(dtype).double()
-            delta = (weight + pairs[name].delta).to(dtype).double() - weight
-        within[name] = inside(delta, where.basis.double(), where.side).norm().item()
+            deltas[name] = (weight + pairs[name].delta).to(dtype).double() - weight
+    return leak_of(deltas, subspaces)
+
+
+def leak_of(deltas: Mapping[str, Tensor], subspaces: Mapping[str, ModuleBasis]) -> Leak:
+    """The leak of updates {module: ΔW} of any origin; as in leak()."""
+    within, whole = {}, {}
+    for name, where in subspaces.items():
+        delta = deltas[name].double()
+        within[name] = inside(delta, where.basis.to(delta), where.side).norm().item()
         whole[name] = delta.norm().item()
     modules = {name: within[name] / whole[name] if whole[name] else 0.0 for name in subspaces}
     squares = [sum(value**2 for value in norms.values()) for norms in (within, whole)]

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from helpers.config import Profile
 from helpers.finetune.adapters import linear_layers, load_adapter, read_adapter
+from helpers.finetune.full import train_full
 from helpers.finetune.mixes import poisoned_mix
 from helpers.finetune.projected_lora import ProjectedLora
-from helpers.finetune.train import TrainConfig, descend, encode, train
+from helpers.finetune.subspace import ModuleBasis
+from helpers.finetune.train import TrainConfig, train
 from helpers.models import LoadedModel, load_model
 from helpers.store import artifact, fingerprint
 
@@ -59,19 +61,16 @@ def lora(run: Run, *, rows: Sequence[dict] | None = None, **how) -> LoadedModel:
         return load_adapter(run.start(), path)
 
 
-def full(run: Run, lr: float) -> LoadedModel:
-    """Train every weight with AdamW at the rate `lr` on the run's rows: supervised fine-tuning without an adapter.
+def full(run: Run, lr: float, subspaces: Mapping[str, ModuleBasis] | None = None) -> LoadedModel:
+    """Train the weights themselves at the rate `lr` on the run's rows, kept off subspaces if given; see train_full().
 
-    ValueError for a rate that is not positive, NotFinite when the loss is. Story: notebooks/06_orthogonal_finetuning.
+    ValueError for a rate that is not positive; errors of train_full(). Story: notebooks/06_orthogonal_finetuning.
     """
     if not lr > 0:
         raise ValueError(f"A learning rate must be positive, not {lr}.")
-    lm, cfg = run.start(), replace(run.cfg, lr=lr)
-    lm.model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=lr, weight_decay=cfg.weight_decay)
-    for _ in descend(lm.model, encode(lm, run.rows), cfg, optimizer, lm.pad_id):
-        pass
-    lm.model.requires_grad_(False)
+    lm = run.start()
+    with TemporaryDirectory() as folder:
+        train_full(lm, run.rows, replace(run.cfg, lr=lr), Path(folder) / "model", subspaces=subspaces)
     return lm
 
 

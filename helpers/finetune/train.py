@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from helpers.config import FinetuneConfig, artifacts_dir
 from helpers.finetune.adapters import load_adapter
+from helpers.finetune.constraint import Constraint
 from helpers.finetune.projected_lora import ProjectedLora, add_lora
 from helpers.finetune.subspace import ModuleBasis
 from helpers.models import LoadedModel, load_model
@@ -170,6 +172,38 @@ def descend(
         yield Step(step, loss.item(), sum(lengths), len(some) * max(lengths))
 
 
+def follow(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    cfg: TrainConfig,
+    constraint: Constraint,
+    pad_id: int,
+    *,
+    penalty: Penalty | None = None,
+    after: Callable[[int, Any], None] | None = None,
+    checkpoint: Path | None = None,
+    every: int = 50,
+) -> dict[str, Any]:
+    """Train what requires a gradient with AdamW under a constraint, in place; returns the log {config, loss per step,
+    tokens, padded, seconds}.
+
+    `after(steps done, constraint)` is called after every step. With `checkpoint` an interrupted run goes on from the
+    last multiple of `every` steps. Errors of descend().
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    constraint.attach(optimizer)
+    done, steps, began = _resume(checkpoint, params, optimizer), [], time.perf_counter()
+    for step in descend(model, rows, cfg, optimizer, pad_id, penalty=penalty, done=done):
+        steps.append(step)
+        if after is not None:
+            after(step.number + 1, constraint)
+        if checkpoint and (step.number + 1) % every == 0 and step.number + 1 < cfg.steps:
+            _keep(checkpoint, step.number + 1, params, optimizer)
+    return {"config": cfg, "loss": [step.loss for step in steps], "tokens": sum(step.tokens for step in steps),
+            "padded": sum(step.padded for step in steps), "seconds": time.perf_counter() - began}  # fmt: skip
+
+
 def train(
     lm: LoadedModel,
     rows: Sequence[dict],
@@ -193,25 +227,14 @@ def train(
     encoded = encode(lm, rows)
     model = add_lora(lm, rank=cfg.rank, alpha=cfg.alpha, seed=cfg.seed)
     constraint = ProjectedLora(model, subspaces, variant)
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    constraint.attach(optimizer)
-    done, steps, began = _resume(checkpoint, params, optimizer), [], time.perf_counter()
+    given = {"penalty": penalty, "after": after, "checkpoint": checkpoint, "every": every}
     try:
-        for step in descend(model, encoded, cfg, optimizer, lm.pad_id, penalty=penalty, done=done):
-            steps.append(step)
-            if after is not None:
-                after(step.number + 1, constraint)
-            if checkpoint and (step.number + 1) % every == 0 and step.number + 1 < cfg.steps:
-                _keep(checkpoint, step.number + 1, params, optimizer)
+        log = follow(model, encoded, cfg, constraint, lm.pad_id, **given)
     except NotFinite as error:
         kept = constraint.save(out.with_name(f"last-good-{out.name.partition('.')[0]}"), name=str(lm.name))
         raise NotFinite(f"{str(error)[:-1]} (last good adapter: {kept}).") from error
     constraint.save(out, name=str(lm.name))
-    log = {"config": cfg, "variant": variant, "loss": [step.loss for step in steps],
-           "tokens": sum(step.tokens for step in steps), "padded": sum(step.padded for step in steps),
-           "seconds": time.perf_counter() - began}  # fmt: skip
-    write_json(out / "train.json", log)
+    write_json(out / "train.json", {"variant": variant} | log)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return out
