@@ -72,6 +72,52 @@ def test_the_plan_chooses_at_seed_zero_then_runs_seeds_and_poison_at_the_chosen_
     assert gains == pytest.approx({"4": 1.0, "16": (0.79 - 0.5) / 0.3, "48": 1 / 3}, abs=0.02)
 
 
+def test_further_poison_shares_are_run_beside_those_in_the_files(fakes, tmp_path):
+    p, out = profile("organism"), tmp_path / "out"
+    c.compare(p, ["ours"], out)
+    before = json.loads((out / "ours.json").read_text())["arms"]
+    fakes.clear()
+    c.compare(p, ["ours"], out, keep=True, poison=(0.05, 0.2))
+    assert fakes == [c.Job(name, s, share, seed) for name, s in ((LORA, 1), ("ours", 16))
+                     for share in (0.05, 0.2) for seed in (0, 1, 2)]  # fmt: skip
+    found = k.load(out)["ours"]
+    after = json.loads((out / "ours.json").read_text())["arms"]
+    assert all(arm in after for arm in before) and len(after) == len(before) + 6
+    assert [found.matrix("answered", share).shape[0] for share in (0.05, 0.1, 0.2)] == [3, 3, 3]
+    assert [len(k.table(k.load(out), poison=share)) for share in (0.05, 0.1, 0.2, 0.3)] == [3, 3, 3, 0]
+
+
+def test_a_kept_arm_outlives_a_run_that_is_killed_before_it_comes_to_it(fakes, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    c.compare(profile("organism"), ["ours"], out)
+    before = {name: json.loads((out / f"{name}.json").read_text())["arms"] for name in ("lora", "ours")}
+
+    def killed(found):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(c, "choose", killed)
+    with pytest.raises(SystemExit):
+        c.compare(profile("organism"), ["ours"], out, keep=True)
+    for name in ("lora", "ours"):
+        assert json.loads((out / f"{name}.json").read_text())["arms"] == before[name]
+
+
+@pytest.mark.parametrize("shares", [(0.0,), (1.0,), (-0.1,), (0.1, 0.1)])
+def test_poison_shares_are_shares_and_differ(fakes, tmp_path, shares):
+    with pytest.raises(ValueError, match="Poison shares lie between 0 and 1 and are given once each, not"):
+        c.compare(profile("organism"), ["ours"], tmp_path, poison=shares)
+    assert fakes == []
+
+
+def test_the_command_line_passes_the_poison_shares_on(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(c, "compare", lambda *how: asked.append(how[-1]))
+    c.main(["--poison", "0.05", "0.2", "--out", str(tmp_path)])
+    c.main(["--out", str(tmp_path)])
+    c.main(["--poison", "--out", str(tmp_path)])
+    assert asked == [[0.05, 0.2], (0.1,), []]
+
+
 def test_test_prompts_choose_nothing(fakes, tmp_path, monkeypatch):
     whole = c.run_job
 

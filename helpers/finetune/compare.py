@@ -36,7 +36,7 @@ from helpers.models import LoadedModel
 from helpers.store import cached_json, code_version, fingerprint, plain, write_json
 from helpers.truth.dial import bits
 
-SEEDS, POISON, POISON_SEEDS = (0, 1, 2, 3, 4), 0.1, (0, 1, 2)
+SEEDS, POISON, POISON_SEEDS = (0, 1, 2, 3, 4), (0.1,), (0, 1, 2)
 N_TASKS = 40  # of each task
 DEFAULT = "default-1"
 NEEDS_BASE = ("SafeLoRA", "SafeLoRA, shrunk only")
@@ -105,9 +105,9 @@ def further(method: str, setting: float) -> list[Job]:
     return [] if method == UNTUNED else [Job(method, setting, 0.0, seed) for seed in SEEDS[1:]]
 
 
-def poisoned(method: str, setting: float) -> list[Job]:
-    """The arms of the chosen setting with poison."""
-    return [] if method == UNTUNED else [Job(method, setting, POISON, seed) for seed in POISON_SEEDS]
+def poisoned(method: str, setting: float, shares: Sequence[float] = POISON) -> list[Job]:
+    """The arms of the chosen setting with poison, at every share of it."""
+    return [] if method == UNTUNED else [Job(method, setting, share, seed) for share in shares for seed in POISON_SEEDS]
 
 
 @contextmanager
@@ -124,27 +124,32 @@ def one_sentence() -> Iterator[None]:
         raise SystemExit("Interrupted: give the same command again, and it goes on where it stopped.") from stop
 
 
-def compare(p: Profile, methods: Sequence[str], out: Path, workers: int = 1, keep: bool = False) -> None:
-    """Choose each method's setting, run its further seeds, then poison for all; every arm goes into its file in `out`.
+def compare(p: Profile, methods: Sequence[str], out: Path, workers: int = 1, keep: bool = False,
+            poison: Sequence[float] = POISON) -> None:  # fmt: skip
+    """Choose each method's setting, run its further seeds, then all with `poison` shares of poisoned rows; every arm
+    goes into its file in `out`.
 
     Plain LoRA and the untuned model are always among them, as the rule needs both. With `keep` the arms that the files
-    hold already are taken, also where other code made them (each arm names its code). ValueError for unknown methods.
+    hold already are taken, also where other code made them (each arm names its code), and those at other poison shares
+    stay there. ValueError for unknown methods, and for poison shares that are not between 0 and 1 or come twice.
     Story: notebooks/06_orthogonal_finetuning.
     """
+    if not all(0 < share < 1 for share in poison) or len(set(poison)) < len(poison):
+        raise ValueError(f"Poison shares lie between 0 and 1 and are given once each, not {tuple(poison)}.")
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ValueError(f"There is no method {unknown[0]!r}; the methods are {', '.join(METHODS)}.")
     methods = [name for name in METHODS if name in {UNTUNED, LORA, *methods}]
     once = sum(len(METHODS[name].grid) for name in methods)
-    progress = Progress(once + sum(len(further(n, 0)) + len(poisoned(n, 0)) for n in methods))
+    progress = Progress(once + sum(len(further(n, 0)) + len(poisoned(n, 0, poison)) for n in methods))
     about = {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
              "config": p.finetune, "base": str(p.base), "n_tasks": N_TASKS}  # fmt: skip
-    arms: dict[str, list[dict]] = {name: [] for name in methods}
+    arms: dict[str, dict[Job, dict]] = {name: {} for name in methods}
     chosen: dict[str, float] = {}
     known = _kept(out, about) if keep else {}
 
     def work(jobs: Sequence[Job]) -> None:
         for job, found in zip(jobs, _map(p, jobs, workers, known), strict=True):
-            arms[job.method].append(found)
+            arms[job.method][job] = found
             progress.step(job)
             write(job.method)
 
@@ -152,11 +157,13 @@ def compare(p: Profile, methods: Sequence[str], out: Path, workers: int = 1, kee
         method = METHODS[name]
         head = {"method": name, "unit": method.unit, "grid": method.grid, "chosen": chosen.get(name)}
         on_val = {str(setting): asdict(one) for setting, one in seen(name).items()} if arms[LORA] else {}
-        write_json(out / f"{method.slug}.json", about | head | {"on_val": on_val, "arms": arms[name]})
+        held = {job: arm for job, arm in known.items() if job.method == name and job.setting in method.grid}
+        every = list((arms[name] | held).values())
+        write_json(out / f"{method.slug}.json", about | head | {"on_val": on_val, "arms": every})
 
     def seen(name: str) -> dict[float, OnVal]:
-        first = {one["setting"]: shares(Arm.of(one), "val") for one in arms[name] if "val" in one["bits"]}
-        before, lora = (shares(Arm.of(arms[n][0]), "val")["utility"] for n in (UNTUNED, LORA))
+        first = {job.setting: shares(Arm.of(one), "val") for job, one in arms[name].items() if "val" in one["bits"]}
+        before, lora = (shares(Arm.of(next(iter(arms[n].values()))), "val")["utility"] for n in (UNTUNED, LORA))
         return {setting: OnVal(s["refused_unseen"], (s["utility"] - before) / max(lora - before, 1e-9),
                                s["benign_complied"], s["coherent"]) for setting, s in first.items()}  # fmt: skip
 
@@ -170,7 +177,7 @@ def compare(p: Profile, methods: Sequence[str], out: Path, workers: int = 1, kee
             work(further(name, chosen[name]))
             write(name)
         for name in methods:
-            work(poisoned(name, chosen[name]))
+            work(poisoned(name, chosen[name], poison))
 
 
 def _kept(out: Path, about: dict[str, Any]) -> dict[Job, dict]:
@@ -195,13 +202,14 @@ def _map(p: Profile, jobs: Sequence[Job], workers: int, known: Mapping[Job, dict
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: ``--models`` (default-1, reversed-0, …), ``--methods``, ``--workers``, ``--out``."""
+    """Command line: ``--models`` (default-1, reversed-0, …), ``--methods``, ``--poison``, ``--workers``, ``--out``."""
     there = {f"{coupling}-{seed}": path for (coupling, seed), path in population().items()}
     parser = argparse.ArgumentParser(description="Compare fine-tuning methods on the embedded models.")
     parser.add_argument("--models", nargs="+", default=[DEFAULT], help="COUPLING-SEED; others get folders")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names as in METHODS; all by default")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="take the arms that are in the files already")
+    parser.add_argument("--poison", type=float, nargs="*", default=POISON, help="shares of poisoned rows")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if unknown := set(args.models) - set(there):
@@ -213,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         p = replace(PROFILES["organism"], model=there[name])
         own = name == DEFAULT
         methods = [method for method in args.methods if own or method not in NEEDS_BASE]
-        compare(p, methods, args.out if own else args.out / name, args.workers, args.keep)
+        compare(p, methods, args.out if own else args.out / name, args.workers, args.keep, args.poison)
 
 
 if __name__ == "__main__":
