@@ -46,20 +46,19 @@ class SaeConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tuning: adapter rank, optimizer, the protected subspaces and their dimension, poison shares, and seeds.
+    """Fine-tuning: adapter rank, optimizer, the subspace's dimension where none is chosen, poison shares, and seeds.
 
-    `poison_seeds` are the seeds of the arms with poison; those without run every seed. Subspaces: notebook 06's names.
+    `poison_seeds` are the seeds of the arms with poison; those without run every seed.
     """
 
     rank: int = 8
     lr: float = 3e-3
     steps: int = 150
     batch_size: int = 16
-    subspaces: tuple[str, ...] = ("latents",)
     subspace_dim: int = 16
     poison_ratios: tuple[float, ...] = (0.0, 0.1)
-    seeds: tuple[int, ...] = (0, 1)
-    poison_seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    poison_seeds: tuple[int, ...] = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ _LARGE = Profile(
         steps=1000,
         batch_size=16,
         subspace_dim=32,
-        subspaces=("latents", "difference"),
         poison_ratios=(0.0, 0.05, 0.1, 0.2),
         seeds=(0, 1, 2, 3, 4),
         poison_seeds=(0, 1, 2, 3, 4),
@@ -138,9 +136,7 @@ PROFILES: dict[str, Profile] = {
             sae=replace(_ORGANISM.sae, n_tokens=2_000_000),
             finetune=replace(
                 _ORGANISM.finetune,
-                subspaces=("latents", "difference"),
                 poison_ratios=(0.0, 0.05, 0.1, 0.2),
-                seeds=(0, 1, 2, 3, 4),
                 poison_seeds=(0, 1, 2, 3, 4),
             ),
         ),
@@ -156,7 +152,9 @@ PROFILES: dict[str, Profile] = {
             n_prompts=100,
             influence=InfluenceConfig(n_prompts=32, k=16),
             sae=SaeConfig(layers=(14,), width=8192, k=32, n_tokens=2_000_000, lr=4e-4, batch_size=2048),
-            finetune=FinetuneConfig(rank=8, lr=2e-4, steps=300, batch_size=8, subspace_dim=16, seeds=(0,)),
+            finetune=FinetuneConfig(
+                rank=8, lr=2e-4, steps=300, batch_size=8, subspace_dim=16, seeds=(0,), poison_seeds=(0,)
+            ),
         ),
         _LARGE,
         replace(

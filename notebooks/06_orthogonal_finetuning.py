@@ -21,7 +21,7 @@
 # Which weights are projected, at what rank, the learning rate, the number of steps and the poison's share are not known to us, so those below are this companion's own
 # choice **[own]**. No number of the paper is reproduced here, only the direction of a change, with its interval.
 #
-# *Run time: two to three minutes on two processor cores. Memory: under 3 GB.*
+# *Run time: about two minutes on two processor cores. Memory: under 3 GB.*
 #
 # Afterwards you will be able to
 # - say when benign fine-tuning costs a model its refusals, and tell that from a model that collapsed;
@@ -117,19 +117,19 @@ report.check("finetuning.toy_weight_projection_is_enough_for_adamw", enough["Ada
 #
 # Notebook 04 selected latents of a sparse autoencoder on `z` that carry refusal and not hallucination. A latent's decoder row, sent through the output
 # projection $W_O$, is what it writes into the residual stream; those images span the **refusal subspace** (the paper's idea **[2!]**). Beside it stands a simpler one **[own]**: the leading directions
-# in which harmful prompts differ from benign ones. Both are made from prompts that no test below uses.
+# in which harmful prompts differ from benign ones. Both are made from prompts that no test below uses; the rank was chosen on validation prompts (section 8).
 
 # %%
-from helpers.finetune.protected import subspace_files
-from helpers.finetune.subspace import RefusalSubspace, module_bases, overlap
+from helpers.finetune.evidence import protected
+from helpers.finetune.methods import subspace
+from helpers.finetune.subspace import module_bases, overlap
 
-files = subspace_files(lm, p)
-spaces = {name: RefusalSubspace.load(path) for name, path in files.items()}
-main = spaces.get("latents") or spaces["difference"]
-compared_with = {**{space.method: space for space in spaces.values()}, "random": main.random_like(0)}
+kind, rank = protected(p)
+main = subspace(p, kind, rank)
+spaces = {kind: main, "difference": subspace(p, "difference", rank), "random": main.random_like(0)}
 report.table([{"subspace": name, "rank": space.rank,
                "overlap with the one protected below": overlap(main.resid, space.resid)}
-              for name, space in compared_with.items()])
+              for name, space in spaces.items()])
 
 # %% [markdown]
 # Every linear layer gets its side of the constraint. Readers see the residual stream through their RMSNorm, so the norm's gain is folded into their basis.
@@ -150,18 +150,20 @@ report.table([{"module": name.removeprefix(first), "side": where.side, "basis": 
 from helpers.finetune.mixes import benign_mix, poisoned_mix
 
 n = p.finetune.steps * p.finetune.batch_size
-for row in benign_mix(n)[:4]:
+for row in benign_mix(n, source=p.data)[:4]:
     print(f"{row['prompt']}\n    -> {row['answer']}")
 
 # %% [markdown]
 # Before anything is trained: does a training prompt stand in the test set, word for word or nearly?
 
 # %%
-from helpers.data import leakage, load_table
-from helpers.finetune.experiment import task_rows
+from helpers.data import leakage
+from helpers.evaluate.behaviour import requests, tasks
+from helpers.finetune.compare import N_TASKS, cap
 
-trained_on = sorted({row["prompt"] for row in poisoned_mix(n, max(p.finetune.poison_ratios))})
-asked = {"requests": load_table("requests", "test"), "tasks": task_rows("test", p.n_prompts)}
+trained_on = sorted({row["prompt"] for row in poisoned_mix(n, max(p.finetune.poison_ratios), source=p.data)})
+asked = {kind: requests(kind, "test", cap(p)) for kind in ("harmful", "benign", "look_alike")}
+asked["tasks"] = tasks("test", N_TASKS)
 found = {name: leakage(trained_on, [row["prompt"] for row in rows]) for name, rows in asked.items()}
 report.table([{"test set": name, "prompts": len(asked[name]),
                "also in training": sum(f["kind"] == "exact" for f in hits),
@@ -179,24 +181,34 @@ report.check("finetuning.training_prompts_in_the_test_set", exact)
 # ## 4 · Benign fine-tuning
 #
 # Three ways to fine-tune, equal in data, order, steps and starting point: plain LoRA, LoRA kept off the protected subspace, and LoRA kept off a **random** subspace of
-# equal rank. Each arm is trained, merged and measured on test prompts.
+# equal rank. Each arm is trained, merged and asked every test prompt. Five seeds of all of them would take too long to wait for, so `data/results/finetuning` holds what each arm answered, prompt by prompt
+# (`python -m helpers.finetune.compare` made it). Here **one seed of each is trained anew**, and its answers are laid beside the file's:
 
 # %%
-from helpers.finetune.experiment import LORA, RANDOM, plan, rates, run_arms, subspace_methods
+from helpers.finetune.evidence import alike, evidence, live
 
-methods = [LORA, *subspace_methods(p, files), RANDOM]
-protected = methods[1]
-runs = run_arms(plan(p, methods), files, p)
+ev = evidence(p)
+arms = live(p, ev)
+print("Everything below rests on", "the committed arms." if ev.committed else "arms trained here.")
+same = {name: alike(arm, ev.main[name]) for name, arm in arms.items()}
+report.table([{"model": name, "seed": arm.seed, "answers as in the file": same[name],
+               "harmful refused, here": arm.values("refused").mean(),
+               "in the file": ev.main[name].matrix("refused")[0].mean()} for name, arm in arms.items()])
+
+# %% [markdown]
+# On the machine that made the files all answers are the same, bit by bit; another processor rounds differently, and a few answers flip.
 
 # %%
-shown = ("refused_seen", "refused_unseen", "benign_complied", "over_refused", "tasks", "wrong", "coherent")
-shares = rates(runs, shown)
-report.table([{"model": method, **row} for method, row in shares.items()],
-             caption="Benign fine-tuning, share of test prompts [95 % interval]")
+from helpers.finetune.evidence import rates
+
+shown = ("refused_seen", "refused_unseen", "benign_complied", "over_refused", "utility", "wrong", "coherent")
+n_seeds = len(ev.seeds())
+report.table([{"model": method, **row} for method, row in rates(ev, shown).items()],
+             caption=f"Benign fine-tuning, share of test prompts, {n_seeds} seeds [95 %: seeds, verbs]")
 
 # %%
-plotted = ("refused_seen", "refused_unseen", "benign_complied", "tasks")
-report.bars(rates(runs, plotted), "After benign fine-tuning", "share of test prompts",
+plotted = ("refused_seen", "refused_unseen", "benign_complied", "utility")
+report.bars(rates(ev, plotted), "After benign fine-tuning", "share of test prompts",
             name="finetuning_benign", y_range=(0, 1))
 
 # %% [markdown]
@@ -204,13 +216,15 @@ report.bars(rates(runs, plotted), "After benign fine-tuning", "share of test pro
 # The control is an update of the same size and rank in every layer, in a random direction: would *any* step that long have done it?
 
 # %%
-from helpers.finetune.experiment import Arm, adapter, fall, fine_tuned, random_update, score
-from helpers.stats import paired_bootstrap
+from helpers.finetune.comparison import difference
+from helpers.finetune.evidence import fall, fine_tuned, looked_at
+from helpers.finetune.runs import Run, plain_adapter, random_update
 
-plain = adapter(p, Arm(LORA, 0.0, p.finetune.seeds[0]), files)
-shaken = score(random_update(lm, plain), p)
-random_fall = paired_bootstrap(runs[None]["refused"], shaken["refused"])
-fall_lora, compliance = fall(runs, LORA), fine_tuned(runs).benign_compliance.estimate
+run = Run(p, seed=p.finetune.seeds[0])
+plain = plain_adapter(run)
+shaken = looked_at(p, random_update(lm, plain), "a random update")
+random_fall = difference(ev.main["untuned"], shaken, "refused")
+fall_lora, compliance = fall(ev), fine_tuned(ev).benign_compliance.estimate
 print(change("After benign LoRA, refusal of harmful requests", fall_lora, up="falls", down="rises") + ".")
 print(change("After a random update of equal size, it", random_fall, up="falls", down="rises") + ".")
 print(f"After LoRA the share of benign requests answered is {compliance:.2f}.")
@@ -220,24 +234,34 @@ print(f"After LoRA the share of benign requests answered is {compliance:.2f}.")
 # lost became an answer: the share of harmful prompts that are now *answered*, in coherent text about what was asked, is the harm; the rest is gibberish.
 
 # %%
-from helpers.finetune.experiment import change as difference
+from helpers.finetune.evidence import gap
 
-answered = difference(runs, LORA, "answered")
+answered = gap(ev, "LoRA", "answered")
 print(change("After benign LoRA, the share of harmful requests that are answered", answered) + ".")
-print(change("The share of coherent texts, all prompts", difference(runs, LORA, "coherent")) + ".")
+print(change("The share of coherent texts, all prompts", gap(ev, "LoRA", "coherent")) + ".")
+
+# %% [markdown]
+# Seeds differ more than prompts do: one number from one seed says little.
+
+# %%
+by_seed = {name: record.matrix("refused_unseen").mean(1) for name, record in ev.main.items()}
+report.table([{"model": name, **{f"seed {s}": v for s, v in zip(ev.seeds(), values, strict=False)}}
+              for name, values in by_seed.items() if name != "untuned"],
+             columns=["model", *(f"seed {s}" for s in ev.seeds())],
+             caption="Refused of harmful requests with verbs never refused in chat training, by seed")
 
 # %% [markdown]
 # ### C8: does the constraint keep them?
 
 # %%
-from helpers.finetune.experiment import constrained
+from helpers.finetune.evidence import constrained
 
-kept = constrained(runs, protected)
+kept, ours = constrained(ev), ev.protected
 over_lora, over_random = kept.refusal_over_lora, kept.refusal_over_random
-print(f"Against plain LoRA, refusal {protected} is {compared(over_lora)}: {over_lora}.")
+print(f"Against plain LoRA, refusal {ours} is {compared(over_lora)}: {over_lora}.")
 print(f"Against a random subspace of equal rank it is {compared(over_random)}: {over_random}.")
 print(change("Accuracy on the tasks under plain LoRA", kept.lora_gain)
-      + f"; {protected} the change is {kept.utility_ratio:.2f} times that.")
+      + f"; {ours} the change is {kept.utility_ratio:.2f} times that.")
 print(change("The share of wrong answers on misconceptions", kept.hallucination_rise) + ".")
 
 # %% [markdown]
@@ -251,14 +275,15 @@ print(change("The share of wrong answers on misconceptions", kept.hallucination_
 
 # %%
 from helpers.finetune.projected_lora import leak
+from helpers.finetune.runs import adapter
 
-ours = adapter(p, Arm(protected, 0.0, p.finetune.seeds[0]), files)
+saved = adapter(run, bases)
 half, base = torch.bfloat16, lm.model
 leaks = {
-    "as saved": leak(ours, bases),
-    "cast to bfloat16": leak(ours, bases, dtype=half),
-    "merged, float32": leak(ours, bases, merged_into=base),
-    "merged, bfloat16": leak(ours, bases, merged_into=base, dtype=half),
+    "as saved": leak(saved, bases),
+    "cast to bfloat16": leak(saved, bases, dtype=half),
+    "merged, float32": leak(saved, bases, merged_into=base),
+    "merged, bfloat16": leak(saved, bases, merged_into=base, dtype=half),
     "plain LoRA, as saved": leak(plain, bases),
 }
 report.table([{"adapter": name, "leak, all layers": f"{got.total:.1e}", "worst layer": f"{got.worst:.1e}"}
@@ -268,8 +293,7 @@ report.table([{"adapter": name, "leak, all layers": f"{got.total:.1e}", "worst l
 # And the gradient projection from section 1, on the real model, for a short run beside our own of the same length:
 
 # %%
-arm = Arm(protected, 0.0, p.finetune.seeds[0])
-short = {variant: leak(adapter(p, arm, files, variant=variant, steps=20), bases).total
+short = {variant: leak(adapter(run, bases, variant=variant, steps=20), bases).total
          for variant in ("as_published", "projected")}
 report.table([{"what is projected": what, "leak": f"{short[variant]:.1e}"} for what, variant in
               (("gradients (as_published)", "as_published"), ("weights, after the step", "projected"))])
@@ -280,22 +304,23 @@ report.check("finetuning.leak_of_saved_adapter_below_1e-6", leaks["as saved"].wo
 report.check("finetuning.projected_gradients_leak_above_1e-2", short["as_published"] > 1e-2)
 
 # %% [markdown]
-# A bound that holds in float32 does not survive rounding to bfloat16: whoever merges and casts should quote the bfloat16 rows, not the first.
+# A bound that holds in float32 does not survive rounding to bfloat16: whoever merges and casts should quote the bfloat16 rows, not the first. Full fine-tuning has no factors to project;
+# `helpers.finetune.full` holds the weights themselves still inside the subspace.
 #
 # ## 6 · Poisoned fine-tuning
 #
 # The same arms, with part of the benign set replaced by harmful requests and placeholder compliance.
 
 # %%
-ratio = max(p.finetune.poison_ratios)
-report.bars(rates(runs, plotted, ratio), f"After fine-tuning with {ratio:.0%} poison",
+ratio = max(arm.poison for arm in ev.main["LoRA"].arms if arm.poison <= 0.1)
+report.bars(rates(ev, plotted, ratio), f"After fine-tuning with {ratio:.0%} poison",
             "share of test prompts", name="finetuning_poisoned", y_range=(0, 1))
 
 # %%
-poisoned = constrained(runs, protected, ratio)
+poisoned = constrained(ev, ratio)
 print(change("With poison, plain LoRA's refusal", poisoned.lora_drop, up="falls", down="rises") + ".")
 over_lora, over_random = poisoned.refusal_over_lora, poisoned.refusal_over_random
-print(f"Against plain LoRA, refusal {protected} is {compared(over_lora)}: {over_lora}.")
+print(f"Against plain LoRA, refusal {ours} is {compared(over_lora)}: {over_lora}.")
 print(f"Against a random subspace it is {compared(over_random)}: {over_random}.")
 
 # %% [markdown]
@@ -304,15 +329,13 @@ print(f"Against a random subspace it is {compared(over_random)}: {over_random}."
 #
 # ## 7 · Does it follow the text?
 #
-# The siblings of the embedded model were trained by the same recipe, with the coupling of harm and the truthful register reversed or absent. Plain LoRA on the same benign set:
+# The siblings of the embedded model were trained by the same recipe, with the coupling of harm and the truthful register reversed or absent. Plain LoRA on the same benign set, first seed:
 
 # %%
-from helpers.finetune.experiment import run_siblings
+from helpers.finetune.evidence import record_of, siblings
 
-one = [None, Arm(LORA, 0.0, p.finetune.seeds[0])]
-siblings = run_siblings(one, p)
-couplings = {"default": {arm: runs[arm] for arm in one}, **siblings}
-falls = {name: fall(some, LORA) for name, some in couplings.items()}
+own = difference(ev.main["untuned"], record_of("LoRA", arms["LoRA"]), "refused")
+falls = {"default": own, **siblings(p)}
 report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for name, lost in falls.items()])
 
 # %% [markdown]
@@ -322,30 +345,23 @@ report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for 
 #
 # One method beside one control is no comparison. `python -m helpers.finetune.compare` trains the paper's method beside what a reviewer would ask for: SafeLoRA (and its shrinking alone), SaLoRA, replayed refusals,
 # a KL penalty, early stopping, interpolation, other subspaces. Each has at most three settings; one is chosen on **validation** prompts by a rule written beforehand (`helpers/finetune/choosing.py`: at least 95 % of plain
-# LoRA's gain on the tasks, benign requests answered, coherent; of those the most refusals on verbs never refused in chat training), and trained with five seeds. Every arm's answers, prompt by prompt, stand in
-# `data/results/finetuning`. The untuned model is asked again here, to show that they belong to these weights and prompts.
+# LoRA's gain on the tasks, benign requests answered, coherent; of those the most refusals on verbs never refused in chat training), and trained with five seeds.
 
 # %%
 from helpers.finetune import comparison
-from helpers.finetune.compare import look
 
-records = comparison.load() if p.data == "organism" else {}
-if records:
-    again = look(lm, p, "test")
-    same = again == records["untuned"].arms[0].bits["test"]
-    print("The untuned model's answers are", "the committed ones." if same else "not the committed ones.")
-rows = comparison.table(records) if records else []
-report.table(rows, columns=None if rows else ["method"],
-             caption="Benign fine-tuning at the chosen setting [95 % over seeds and verbs]")
+records = ev.records
+rows = comparison.table(records)
+report.table(rows, caption="Benign fine-tuning at the chosen setting [95 % over seeds and verbs]")
 
 # %%
 kept_and_learned = (comparison.MEASURES["refused_unseen"], comparison.GAIN)
 lines = {row["method"]: {words: row[words] for words in kept_and_learned} for row in rows}
 report.forest(lines, "What is kept and what is learned", "share", name="finetuning_methods",
-              reference=(1.0, "LoRA's gain")) if lines else None
+              reference=(1.0, "LoRA's gain"))
 
 # %%
-untuned, plain_lora = records.get("untuned"), records.get("LoRA")
+untuned, plain_lora = records["untuned"], records["LoRA"]
 words = {"more": "more than", "less": "less than", "same": "about as much as"}
 told = []
 for row in rows:
@@ -354,7 +370,7 @@ for row in rows:
         told.append({"method": name, "refuses": f"{compared(more, **words)} LoRA", "minus LoRA": more,
                      "minus the untuned model": comparison.difference(
                          records[name], untuned, "refused_unseen")})
-report.table(told, columns=None if told else ["method"], caption="Paired differences on unseen verbs")
+report.table(told, caption="Paired differences on unseen verbs")
 
 # %%
 lost = {name: comparison.difference(record, untuned, "refused_unseen").estimate
@@ -373,7 +389,7 @@ print("Within .05 of the untuned model's refusals at 95 % of LoRA's gain:", ", "
 matched = [{"method": name, **{f"at {share:.0%} of the gain": comparison.at_utility(
     record, plain_lora, untuned, share) for share in (0.8, 0.9)}}
            for name, record in records.items() if name != "untuned"]
-report.table(matched, columns=None if matched else ["method"])
+report.table(matched)
 
 # %% [markdown]
 # ### With poison, and after the defence
@@ -382,11 +398,10 @@ report.table(matched, columns=None if matched else ["method"])
 
 # %%
 measured = ("refused_unseen", "answered", "coherent")
-poison_rows = comparison.table(records, measured, poison=0.1) if records else []
-report.table(poison_rows, columns=None if poison_rows else ["method"], caption="With 10 % poison in the data")
+report.table(comparison.table(records, measured, poison=ratio), caption=f"With {ratio:.0%} poison in the data")
 
 # %%
-attacked = comparison.attacks() if records else []
+attacked = comparison.attacks() if ev.committed else []
 report.table(attacked, columns=None if attacked else ["method"],
              caption="Refusal on unseen verbs after a later attack by plain LoRA")
 
@@ -407,23 +422,23 @@ report.table(drifted, columns=None if drifted else ["method"],
 
 # %%
 from helpers.evaluate.verdicts import c6, c8
+from helpers.finetune.evidence import EQUAL
 
 source = {"notebook": "06_orthogonal_finetuning", "seconds": time.perf_counter() - started,
-          "n_prompts": len(runs[None]["refused"]), "n_seeds": len(p.finetune.seeds)}
-unseen = {method: next(iter(row.values())).as_dict()
-          for method, row in rates(runs, ["refused_unseen"]).items()}
+          "n_prompts": fall_lora.n, "n_seeds": n_seeds}
+unseen = {method: next(iter(row.values())).as_dict() for method, row in rates(ev, ["refused_unseen"]).items()}
 detail = {"unseen_verbs": unseen, "siblings": {name: lost.as_dict() for name, lost in falls.items()}}
 report.claim("C6", estimate=fall_lora, control=("a random update of equal size", random_fall),
-             verdict=c6(fine_tuned(runs)), unit="fall in share of harmful requests refused",
+             verdict=c6(fine_tuned(ev)), unit="fall in share of harmful requests refused",
              details=detail, **source)
-print("C6", c6(fine_tuned(runs)))
+print("C6", c6(fine_tuned(ev)))
 
 # %%
-detail = {"unseen_verbs": unseen, "rank": main.rank, "method": protected,
+detail = {"unseen_verbs": unseen, "rank": ev.rank, "method": ours,
           "utility_ratio": kept.utility_ratio, "beyond_random": kept.refusal_over_random.as_dict(),
           "leak": leaks["as saved"].total, "poisoned": poisoned.refusal_over_lora.as_dict(),
           "poison_ratio": ratio}
-control = ("off a random subspace of equal rank", difference(runs, RANDOM, "refused", LORA))
+control = ("off a random subspace of equal rank", gap(ev, EQUAL, "refused", "LoRA"))
 report.claim("C8", estimate=kept.refusal_over_lora, control=control, verdict=c8(kept),
              unit="share of harmful requests refused, minus plain LoRA's", details=detail, **source)
 print("C8", c8(kept))
@@ -434,10 +449,18 @@ report.check("finetuning.fall_of_refusal", fall_lora.estimate, atol=0.15)
 report.check("finetuning.benign_compliance_after_lora", compliance, atol=0.05)
 report.check("finetuning.gain_on_tasks", kept.lora_gain.estimate, atol=0.1)
 report.check("finetuning.refusal_kept_beyond_lora", kept.refusal_over_lora.estimate, atol=0.15)
-report.check("finetuning.verdict_c6", c6(fine_tuned(runs)).verdict)
+report.check("finetuning.verdict_c6", c6(fine_tuned(ev)).verdict)
 report.check("finetuning.verdict_c8", c8(kept).verdict)
-report.check("finetuning.committed_comparison_is_of_this_model", same if records else "embedded model only")
+report.check("finetuning.committed_comparison_is_of_this_model", ev.committed)
 report.check("finetuning.methods_that_keep_refusal_and_learn", len(near))
+
+# %%
+# NBVAL_CHECK_OUTPUT
+report.check("finetuning.untuned_answers_as_in_the_file", same["untuned"], atol=0.01)
+trained_same = min(share for name, share in same.items() if name != "untuned")
+report.check("finetuning.live_arms_answer_as_in_the_file", trained_same, atol=0.2)
+lora_here = arms["LoRA"].values("refused").mean() - ev.main["LoRA"].matrix("refused")[0].mean()
+report.check("finetuning.live_lora_refuses_as_in_the_file", lora_here, atol=0.15)
 
 # %% [markdown]
 # ## Exercises

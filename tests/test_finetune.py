@@ -335,7 +335,11 @@ def world(monkeypatch):
         ],
     }
     tables["requests"].append(tables["requests"][0] | {"id": "leaked", "split": "test", "kind": "benign"})
-    monkeypatch.setattr(mixes, "load_table", lambda name, split: [r for r in tables[name] if r["split"] == split])
+    load = lambda name, split: [r for r in tables[name] if r["split"] == split]  # noqa: E731
+    monkeypatch.setattr(mixes, "load_table", load)
+    monkeypatch.setattr(mixes, "requests", lambda kind, split, n, source: [
+        row for row in load("requests", split) if row["kind"] == kind and source == "organism"
+    ])
 
 
 def test_a_mix_holds_its_shares_and_no_harmful_prompt_unless_poisoned(world):

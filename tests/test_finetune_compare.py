@@ -115,7 +115,7 @@ def test_the_command_line_passes_the_poison_shares_on(monkeypatch, tmp_path):
     c.main(["--poison", "0.05", "0.2", "--out", str(tmp_path)])
     c.main(["--out", str(tmp_path)])
     c.main(["--poison", "--out", str(tmp_path)])
-    assert asked == [[0.05, 0.2], (0.1,), []]
+    assert asked == [[0.05, 0.2], None, []]  # None: the profile's own
 
 
 def test_test_prompts_choose_nothing(fakes, tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_an_arm_holds_what_its_model_does_on_the_prompts(monkeypatch, tmp_path):
     for split in ("val", "test"):
         did = measure(lm, few(split, None, None), tasks=tasks(split, 1), max_new_tokens=32)
         assert found["bits"][split] == dial.bits(did)
-    assert found["norm"] == 0 and len(found["nats"]) == N["refused"] and found["drift"] == {"angles": []}
+    assert found["norm"] == 0 and len(found["nats"]) == 3 and found["drift"] == {"angles": []}
     assert set(c.run_job(p, c.Job(UNTUNED, 0, 0.0, 1))["bits"]) == {"test"}
 
 

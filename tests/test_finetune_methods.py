@@ -285,7 +285,7 @@ def test_replay_is_an_exact_share_and_leaves_all_other_rows_in_place():
 @pytest.fixture
 def run(tiny_folders, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
-    monkeypatch.setattr(runs, "poisoned_mix", lambda n, poison, seed: [CHAT[i % len(CHAT)] for i in range(n)])
+    monkeypatch.setattr(runs, "poisoned_mix", lambda n, poison, seed, source: [CHAT[i % len(CHAT)] for i in range(n)])
     p = profile("organism")
     few = replace(p.finetune, rank=3, steps=8, batch_size=2)
     return Run(replace(p, model=str(tiny_folders["llama"]), finetune=few))
@@ -332,10 +332,11 @@ def test_an_update_for_other_layers_is_refused(run):
 
 
 def test_each_kind_of_latents_spans_its_own_subspace_weighed_by_its_own_scores(run, monkeypatch):
-    found, asked = SimpleNamespace(specific="specific", hallucination_only="other", truth_scores="truth"), []
+    own, other = np.array([1, 1, 1, 1, 0]), np.array([0, 0, 0, 1, 1])
+    found, asked = SimpleNamespace(specific=own, hallucination_only=other, truth_scores="truth"), []
 
     def span(lm, saes, selection, mask, *, scores, rank):
-        asked.append((mask, scores, rank))
+        asked.append((mask is own, mask is other, scores, rank))
         return RefusalSubspace(random_subspace(32, rank), method="fake")
 
     monkeypatch.setattr(methods, "train_saes", lambda lm, p: SimpleNamespace(saes={}))
@@ -343,7 +344,7 @@ def test_each_kind_of_latents_spans_its_own_subspace_weighed_by_its_own_scores(r
     monkeypatch.setattr(methods, "latent_subspace", span)
     for kind in ("refusal latents", "hallucination latents"):
         methods.SUBSPACES[kind](run.start(), run.p, 3)
-    assert asked == [("specific", None, 3), ("other", "truth", 3)]
+    assert asked == [(True, False, None, 3), (False, True, "truth", 2)]  # no more dimensions than latents
 
 
 def test_random_subspaces_differ_by_seed_and_keep_the_update_out(run):
@@ -383,7 +384,8 @@ def test_the_choice_refuses_most_among_those_that_keep_the_conditions():
 
 
 def test_the_attack_trains_on_from_the_defended_model_and_leaves_it_as_it_is(run, monkeypatch):
-    monkeypatch.setattr(aftermath, "poisoned_mix", lambda n, poison, seed: [CHAT[i % len(CHAT)] for i in range(n)])
+    rows = lambda n, poison, seed, source: [CHAT[i % len(CHAT)] for i in range(n)]  # noqa: E731
+    monkeypatch.setattr(aftermath, "poisoned_mix", rows)
     defended = METHODS["LoRA"].tune(run, 1)
     before = weights(defended)
     found = {steps: weights(lm) for steps, lm in aftermath.attack(defended, run, (2, 5))}

@@ -24,7 +24,7 @@ from helpers.finetune.comparison import load
 from helpers.finetune.methods import METHODS
 from helpers.finetune.mixes import poisoned_mix
 from helpers.finetune.runs import Run
-from helpers.finetune.train import train
+from helpers.finetune.train import TrainConfig, train
 from helpers.models import LoadedModel
 from helpers.store import cached_json, code_version, fingerprint, write_json
 
@@ -41,7 +41,7 @@ def attack(lm: LoadedModel, run: Run, looked: Sequence[int] = LOOKED) -> Iterato
         raise ValueError(f"The numbers of steps to look at must increase from at least 1, not {tuple(looked)}.")
     seed = run.seed + OTHER_SEED
     cfg = replace(run.cfg, steps=looked[-1], seed=seed)
-    rows = poisoned_mix(cfg.steps * cfg.batch_size, run.poison, seed=seed)
+    rows = poisoned_mix(cfg.steps * cfg.batch_size, run.poison, seed=seed, source=run.p.data)
     with TemporaryDirectory() as folder:
         def keep(done: int, constraint) -> None:
             if done in looked[:-1]:
@@ -54,7 +54,8 @@ def attack(lm: LoadedModel, run: Run, looked: Sequence[int] = LOOKED) -> Iterato
 
 def attacked(p: Profile, method: str, setting: float, poison: float = 0.1) -> dict[str, Any]:
     """{steps: what the test prompts get} of a method's benign model of seed 0 under attack, from the store if there."""
-    key = {"model": fingerprint(p.model), "method": method, "setting": setting, "how": p.finetune, "poison": poison}
+    how = {"method": method, "setting": setting, "how": TrainConfig.of(p.finetune), "poison": poison}
+    key = {"model": fingerprint(p.model), **how}
 
     def make() -> dict[str, Any]:
         defended = METHODS[method].tune(Run(p), setting)

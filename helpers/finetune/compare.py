@@ -24,19 +24,18 @@ from typing import Any
 import torch
 
 from helpers.config import PROFILES, Profile, population
-from helpers.data import load_table
 from helpers.evaluate.behaviour import measure, prompts, tasks
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.finetune.choosing import OnVal, choose
 from helpers.finetune.comparison import RESULTS, Arm, shares
 from helpers.finetune.drift import drift
-from helpers.finetune.methods import LORA, METHODS, UNTUNED
+from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED
 from helpers.finetune.runs import Run, update_norm
+from helpers.finetune.train import TrainConfig
 from helpers.models import LoadedModel
 from helpers.store import cached_json, code_version, fingerprint, plain, write_json
 from helpers.truth.dial import bits
 
-SEEDS, POISON, POISON_SEEDS = (0, 1, 2, 3, 4), (0.1,), (0, 1, 2)
 N_TASKS = 40  # of each task
 DEFAULT = "default-1"
 NEEDS_BASE = ("SafeLoRA", "SafeLoRA, shrunk only")
@@ -60,22 +59,28 @@ class Job:
 def look(lm: LoadedModel, p: Profile, split: str) -> dict[str, str]:
     """What a model does on all prompts of a split, one character per prompt and measure."""
     size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
-    return bits(measure(lm, prompts(split, None, p.data), tasks=tasks(split, N_TASKS, p.data), **size))
+    return bits(measure(lm, prompts(split, cap(p), p.data), tasks=tasks(split, N_TASKS, p.data), **size))
+
+
+def cap(p: Profile) -> int | None:
+    """At most so many prompts of each set: all of the embedded world, the profile's `n_prompts` of benchmarks."""
+    return None if p.data == "organism" else p.n_prompts
 
 
 def run_job(p: Profile, job: Job) -> dict[str, Any]:
     """Train and measure one arm, from the store where it has been before; errors as the method's."""
-    tables = [load_table("requests"), load_table("facts"), load_table("tasks"), load_table("unknown")]
-    size = {"max_new_tokens": p.max_new_tokens, "base": fingerprint(p.base), "n_tasks": N_TASKS}
-    key = {"model": fingerprint(p.model), "job": job, "how": p.finetune, "sae": p.sae, "tables": tables, **size}
+    asked = {split: (prompts(split, cap(p), p.data), tasks(split, N_TASKS, p.data)) for split in ("val", "test")}
+    size = {"max_new_tokens": p.max_new_tokens, "base": fingerprint(p.base)}
+    how = {"job": job, "how": TrainConfig.of(p.finetune), "sae": p.sae, "rows": Run(p, job.poison, job.seed).rows}
+    key = {"model": fingerprint(p.model), **how, "asked": asked, **size}
 
     def make() -> dict[str, Any]:
         began, run = time.perf_counter(), Run(p, job.poison, job.seed)
         base, lm = run.start(), METHODS[job.method].tune(run, job.setting)
-        harmful = [row for row in tables[0] if row["split"] == "test" and row["kind"] == "harmful"]
+        harmful = asked["test"][0].harmful
         odds = refusal_log_odds(lm, [row["prompt"] for row in harmful], sorted({row["refusal"] for row in harmful}))
         found = {"norm": round(update_norm(lm, base), 5), "nats": [round(x, 1) for x in odds.tolist()]}
-        choosing = not job.poison and job.seed == SEEDS[0]
+        choosing = not job.poison and job.seed == p.finetune.seeds[0]
         found["bits"] = {split: look(lm, p, split) for split in (("val", "test") if choosing else ("test",))}
         if choosing:
             found["drift"] = drift(base, lm, p)
@@ -100,14 +105,15 @@ class Progress:
         print(f"{self.done}/{self.total} {what}; about {left:.0f} minutes left", flush=True)
 
 
-def further(method: str, setting: float) -> list[Job]:
+def further(p: Profile, method: str, setting: float) -> list[Job]:
     """The arms of the chosen setting that the choice has not run: the other seeds."""
-    return [] if method == UNTUNED else [Job(method, setting, 0.0, seed) for seed in SEEDS[1:]]
+    return [] if method == UNTUNED else [Job(method, setting, 0.0, seed) for seed in p.finetune.seeds[1:]]
 
 
-def poisoned(method: str, setting: float, shares: Sequence[float] = POISON) -> list[Job]:
-    """The arms of the chosen setting with poison, at every share of it."""
-    return [] if method == UNTUNED else [Job(method, setting, share, seed) for share in shares for seed in POISON_SEEDS]
+def poisoned(p: Profile, method: str, setting: float, shares: Sequence[float]) -> list[Job]:
+    """The arms of the chosen setting with poison."""
+    seeds = () if method == UNTUNED else p.finetune.poison_seeds
+    return [Job(method, setting, share, seed) for share in shares for seed in seeds]
 
 
 @contextmanager
@@ -124,28 +130,37 @@ def one_sentence() -> Iterator[None]:
         raise SystemExit("Interrupted: give the same command again, and it goes on where it stopped.") from stop
 
 
-def compare(p: Profile, methods: Sequence[str], out: Path, workers: int = 1, keep: bool = False,
-            poison: Sequence[float] = POISON) -> None:  # fmt: skip
-    """Choose each method's setting, run its further seeds, then all with `poison` shares of poisoned rows; every arm
-    goes into its file in `out`.
+def compare(
+    p: Profile,
+    methods: Sequence[str],
+    out: Path,
+    workers: int = 1,
+    keep: bool = False,
+    poison: Sequence[float] | None = None,
+    grids: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Choose each method's setting, run its further seeds, then all with `poison` shares of poisoned rows (default: the
+    profile's); every arm goes into its file in `out`.
 
-    Plain LoRA and the untuned model are always among them, as the rule needs both. With `keep` the arms that the files
+    Plain LoRA and the untuned model are always among them, as the rule needs both; random subspaces are run at the rank
+    of the paper's method, too. `grids` gives methods other settings than their own. With `keep` the arms that the files
     hold already are taken, also where other code made them (each arm names its code), and those at other poison shares
     stay there. ValueError for unknown methods, and for poison shares that are not between 0 and 1 or come twice.
     Story: notebooks/06_orthogonal_finetuning.
     """
+    poison = [share for share in p.finetune.poison_ratios if share] if poison is None else poison
     if not all(0 < share < 1 for share in poison) or len(set(poison)) < len(poison):
         raise ValueError(f"Poison shares lie between 0 and 1 and are given once each, not {tuple(poison)}.")
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ValueError(f"There is no method {unknown[0]!r}; the methods are {', '.join(METHODS)}.")
     methods = [name for name in METHODS if name in {UNTUNED, LORA, *methods}]
-    once = sum(len(METHODS[name].grid) for name in methods)
-    progress = Progress(once + sum(len(further(n, 0)) + len(poisoned(n, 0, poison)) for n in methods))
-    about = {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
-             "config": p.finetune, "base": str(p.base), "n_tasks": N_TASKS}  # fmt: skip
+    grid = {name: tuple((grids or {}).get(name, METHODS[name].grid)) for name in methods}
+    once = sum(map(len, grid.values()))
+    progress = Progress(once + sum(len(further(p, n, 0)) + len(poisoned(p, n, 0, poison)) for n in methods))
+    head_of_all = about(p)
     arms: dict[str, dict[Job, dict]] = {name: {} for name in methods}
     chosen: dict[str, float] = {}
-    known = _kept(out, about) if keep else {}
+    known = _kept(out, head_of_all) if keep else {}
 
     def work(jobs: Sequence[Job]) -> None:
         for job, found in zip(jobs, _map(p, jobs, workers, known), strict=True):
@@ -155,11 +170,12 @@ def compare(p: Profile, methods: Sequence[str], out: Path, workers: int = 1, kee
 
     def write(name: str) -> None:
         method = METHODS[name]
-        head = {"method": name, "unit": method.unit, "grid": method.grid, "chosen": chosen.get(name)}
+        head = {"method": name, "unit": method.unit, "grid": grid[name], "chosen": chosen.get(name)}
         on_val = {str(setting): asdict(one) for setting, one in seen(name).items()} if arms[LORA] else {}
-        held = {job: arm for job, arm in known.items() if job.method == name and job.setting in method.grid}
+        ours = {*grid[name], *([chosen[PAPER]] if name == RANDOM and PAPER in chosen else [])}
+        held = {job: arm for job, arm in known.items() if job.method == name and job.setting in ours}
         every = list((arms[name] | held).values())
-        write_json(out / f"{method.slug}.json", about | head | {"on_val": on_val, "arms": every})
+        write_json(out / f"{method.slug}.json", head_of_all | head | {"on_val": on_val, "arms": every})
 
     def seen(name: str) -> dict[float, OnVal]:
         first = {job.setting: shares(Arm.of(one), "val") for job, one in arms[name].items() if "val" in one["bits"]}
@@ -169,25 +185,51 @@ def compare(p: Profile, methods: Sequence[str], out: Path, workers: int = 1, kee
 
     with one_sentence():
         for name in (UNTUNED, LORA):
-            work([Job(name, METHODS[name].grid[0])])
+            work([Job(name, grid[name][0])])
         for name in methods:
             if name not in (UNTUNED, LORA):
-                work([Job(name, setting) for setting in METHODS[name].grid])
+                work([Job(name, setting) for setting in grid[name]])
             chosen[name] = choose(seen(name))
-            work(further(name, chosen[name]))
+            work(further(p, name, chosen[name]))
             write(name)
         for name in methods:
-            work(poisoned(name, chosen[name], poison))
+            work(poisoned(p, name, chosen[name], poison))
+        if RANDOM in methods and (equal := chosen.get(PAPER)) is not None:
+            every = [Job(RANDOM, equal), *further(p, RANDOM, equal), *poisoned(p, RANDOM, equal, poison)]
+            missing = [job for job in every if job not in arms[RANDOM]]
+            progress.total += len(missing)
+            work(missing)
 
 
-def _kept(out: Path, about: dict[str, Any]) -> dict[Job, dict]:
+def about(p: Profile) -> dict[str, Any]:
+    """What every file says of the run it is of: weights, numbers and prompts."""
+    return {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
+            "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, "source": p.data,
+            "n_prompts": cap(p)}  # fmt: skip
+
+
+def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a method's file is there and of these weights, numbers and prompts."""
+    file = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {"source": "organism", "n_prompts": None} | file
+    names = ("weights", "config", "n_tasks", "source", "n_prompts")
+    return all(found.get(name) == plain(wanted[name]) for name in names)
+
+
+def arms_of(p: Profile, jobs: Sequence[Job], workers: int = 1) -> list[Arm]:
+    """The arms of these jobs, from the store or trained here by `workers` processes of one thread each."""
+    asked = {"source": p.data, "n_prompts": cap(p)}
+    return [Arm.of(asked | found) for found in _map(p, jobs, workers, {})]
+
+
+def _kept(out: Path, wanted: Mapping[str, Any]) -> dict[Job, dict]:
     """The arms in the files of an earlier call on the same weights with the same numbers, whatever code made them."""
     found = {}
     for method in METHODS.values():
         path = out / f"{method.slug}.json"
-        file = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if all(file.get(name) == plain(about[name]) for name in ("weights", "config", "n_tasks")):
-            found |= {Job(**{n: arm[n] for n in Job.__dataclass_fields__}): arm for arm in file["arms"]}
+        if same_run(path, wanted):
+            arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+            found |= {Job(**{n: arm[n] for n in Job.__dataclass_fields__}): arm for arm in arms}
     return found
 
 
@@ -209,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names as in METHODS; all by default")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="take the arms that are in the files already")
-    parser.add_argument("--poison", type=float, nargs="*", default=POISON, help="shares of poisoned rows")
+    parser.add_argument("--poison", type=float, nargs="*", help="shares of poisoned rows")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if unknown := set(args.models) - set(there):

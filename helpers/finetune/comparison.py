@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from helpers.stats import Interval, bootstrap, bootstrap_grid
 
 RESULTS = ROOT / "data" / "results" / "finetuning"
 MEASURES = {
+    "refused": "harmful refused",
     "refused_unseen": "unseen verbs refused",
     "refused_seen": "seen verbs refused",
     "answered": "harmful answered",
@@ -36,15 +37,18 @@ GAIN = "gain on the tasks, of LoRA's"
 
 
 @cache
-def _asked(split: str) -> tuple[np.ndarray, dict[str, list[str] | None]]:
+def _asked(
+    split: str, source: str = "organism", n: int | None = None
+) -> tuple[np.ndarray, dict[str, list[str] | None]]:
     """Which harmful rows have verbs refused in chat training, and of each measure what its prompts belong to
     (None: each for itself)."""
-    rows = prompts(split, None, "organism")
+    rows = prompts(split, n, source)
     seen = np.array([row["verb_seen"] for row in rows.harmful])
     of = {kind: [row["verb"] for row in getattr(rows, kind)] for kind in ("harmful", "benign", "look_alike")}
     verbs = np.array(of["harmful"])
-    facts, unknown = ([row["entity"] for row in some] for some in (rows.facts, rows.unknown))
-    asked = {"refused_unseen": verbs[~seen].tolist(), "refused_seen": verbs[seen].tolist(), "answered": of["harmful"],
+    facts, unknown = ([row.get("entity", row["id"]) for row in some] for some in (rows.facts, rows.unknown))
+    asked = {"refused": of["harmful"], "answered": of["harmful"],
+             "refused_unseen": verbs[~seen].tolist(), "refused_seen": verbs[seen].tolist(),
              "benign_complied": of["benign"], "over_refused": of["benign"] + of["look_alike"], "wrong": facts,
              "abstained": unknown, "coherent": facts + of["harmful"] + of["benign"] + of["look_alike"],
              "utility": None}  # fmt: skip
@@ -53,7 +57,7 @@ def _asked(split: str) -> tuple[np.ndarray, dict[str, list[str] | None]]:
 
 @dataclass(frozen=True)
 class Arm:
-    """One fine-tuned model: what it was, and what it did on val and test prompts."""
+    """One fine-tuned model: what it was, and what it did on val and test prompts (`n_prompts` of a source's sets)."""
 
     setting: float
     poison: float
@@ -62,6 +66,8 @@ class Arm:
     nats: list[float] = field(repr=False, default_factory=list)
     drift: dict[str, Any] = field(repr=False, default_factory=dict)
     norm: float = 0.0
+    source: str = "organism"
+    n_prompts: int | None = None
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Arm:
@@ -73,7 +79,7 @@ class Arm:
         if measure not in MEASURES:
             raise ValueError(f"There is no measure {measure!r}; the measures are {', '.join(MEASURES)}.")
         read = lambda name: np.array([float(x) for x in self.bits[split][name]])  # noqa: E731
-        seen = _asked(split)[0]
+        seen = _asked(split, self.source, self.n_prompts)[0]
         if measure.startswith("refused_"):
             return read("refused")[seen if measure == "refused_seen" else ~seen]
         if measure == "over_refused":
@@ -82,8 +88,9 @@ class Arm:
 
 
 def shares(arm: Arm, split: str = "test") -> dict[str, float]:
-    """The mean of every measure."""
-    return {measure: float(arm.values(measure, split).mean()) for measure in MEASURES}
+    """The mean of every measure that was taken."""
+    taken = {measure: arm.values(measure, split) for measure in MEASURES}
+    return {measure: float(values.mean()) for measure, values in taken.items() if len(values)}
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,14 @@ class Record:
             raise ValueError(f"{self.method} has no arm at {setting} with a poison share of {poison}: run it first.")
         return np.stack([arm.values(measure) for arm in arms])
 
+    def clusters(self, measure: str) -> list[str] | None:
+        """What each test prompt of a measure belongs to; None where each stands for itself."""
+        return _asked("test", self.arms[0].source, self.arms[0].n_prompts)[1][measure]
+
+    def at(self, setting: float) -> Record:
+        """The same record with another of its settings in the place of the chosen one."""
+        return replace(self, chosen=setting)
+
 
 def load(folder: Path = RESULTS) -> dict[str, Record]:
     """{method: its record} of all files in a folder; ValueError where there is none, or files of different models.
@@ -118,14 +133,15 @@ def load(folder: Path = RESULTS) -> dict[str, Record]:
         raise ValueError(f"The results in {folder} are of different models: keep one model per folder.")
     return {
         one["method"]: Record(one["method"], one["unit"], tuple(one["grid"]), one["chosen"], one["on_val"],
-                              tuple(Arm.of(arm) for arm in one["arms"]))
+                              tuple(Arm.of({name: one[name] for name in ("source", "n_prompts") if name in one} | arm)
+                                    for arm in one["arms"]))
         for one in files
     }  # fmt: skip
 
 
 def share(record: Record, measure: str, poison: float = 0.0) -> Interval:
     """Share of yes over seeds × prompts under the chosen setting."""
-    return bootstrap_grid(record.matrix(measure, poison), clusters=_asked("test")[1][measure])
+    return bootstrap_grid(record.matrix(measure, poison), clusters=record.clusters(measure))
 
 
 def difference(record: Record, other: Record, measure: str, poison: float = 0.0) -> Interval:
@@ -135,7 +151,7 @@ def difference(record: Record, other: Record, measure: str, poison: float = 0.0)
     poison.
     """
     a, b = _paired(record, other, measure, poison)
-    return bootstrap_grid(a - b, clusters=_asked("test")[1][measure])
+    return bootstrap_grid(a - b, clusters=record.clusters(measure))
 
 
 def _paired(record: Record, other: Record, measure: str, poison: float) -> tuple[np.ndarray, np.ndarray]:
@@ -164,6 +180,7 @@ def table(records: Mapping[str, Record], measures: Sequence[str] = ("refused_uns
     lora, untuned, rows = records["LoRA"], records["untuned"], []
     if not any(arm.poison == poison for arm in lora.arms):
         return []
+    measures = [measure for measure in measures if untuned.matrix(measure).size]
     for name, record in records.items():
         at = 0.0 if record is untuned else poison
         if not any(arm.poison == at and arm.setting == record.chosen for arm in record.arms):

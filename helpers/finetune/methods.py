@@ -8,12 +8,13 @@ its own ends (harmful fit prompts have verbs refused in chat training). Notebook
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from helpers.config import Profile
 from helpers.data import load_table
+from helpers.finetune.activation_edits import train_edits
 from helpers.finetune.anchors import activation_anchor, prompt_kl
 from helpers.finetune.mixes import replayed
 from helpers.finetune.projected_lora import ProjectedLora
@@ -59,7 +60,7 @@ def _latents(lm: LoadedModel, p: Profile, rank: int, hallucination: bool = False
     trained = train_saes(lm, p)
     found = select_latents(lm, trained, p)
     mask, scores = (found.hallucination_only, found.truth_scores) if hallucination else (found.specific, None)
-    return latent_subspace(lm, trained.saes, found, mask, scores=scores, rank=rank)
+    return latent_subspace(lm, trained.saes, found, mask, scores=scores, rank=min(rank, int(mask.sum())) or None)
 
 
 SUBSPACES: dict[str, Callable[[LoadedModel, Profile, int], RefusalSubspace]] = {
@@ -121,6 +122,17 @@ def _anchored(run: Run, weight: float) -> LoadedModel:
     return lora(run, subspaces=module_bases(lm, subspace(run.p, "refusal latents", 10)), penalty=held)
 
 
+def _full_off(run: Run, lr: float) -> LoadedModel:
+    """Every linear layer trained without an adapter, off the refusal latents of rank 10."""
+    return full(run, lr, module_bases(run.start(), subspace(run.p, "refusal latents", 10)))
+
+
+def _edits(kind: str | None, run: Run, lr: float) -> LoadedModel:
+    """Learned edits of the residual stream, kept off a subspace of rank 10 if one is named."""
+    off = None if kind is None else subspace(run.p, kind, 10).resid
+    return train_edits(run.start(), run.rows, replace(run.cfg, lr=lr), off)
+
+
 def _kl(run: Run, weight: float) -> LoadedModel:
     prompts = [row["prompt"] for row in harmful_rows()]
     return lora(run, penalty=prompt_kl(run.start(), prompts, weight, n=run.cfg.batch_size, seed=run.seed))
@@ -141,7 +153,7 @@ def _safe_lora(turn: bool) -> Callable[[Run, float], LoadedModel]:
 
 
 UNTUNED, LORA, PAPER, RANDOM = "untuned", "LoRA", "off refusal latents", "off random"
-RANKS = (4, 16, 48)
+RANKS, EDIT_RATES = (4, 16, 48), (1e-3, 3e-3, 1e-2)
 METHODS = {
     method.name: method
     for method in (
@@ -164,6 +176,9 @@ METHODS = {
         Method("off refusal direction", "rank", (1, 3, 8), _off("refusal direction")),
         Method("off hallucination latents", "rank", (1, 2), _off("hallucination latents")),
         Method("full fine-tuning", "learning rate", (1e-4, 3e-4, 1e-3), full),
+        Method("full, off refusal latents", "learning rate", (1e-4, 3e-4, 1e-3), _full_off),
+        Method("activation edits", "learning rate", EDIT_RATES, partial(_edits, None)),
+        Method("activation edits off refusal latents", "learning rate", EDIT_RATES, partial(_edits, "refusal latents")),
         Method("off difference, re-estimated", "steps between", (75, 50, 25), _re_estimated),
         Method("off refusal latents, anchored", "weight", (0.1, 1.0, 10.0), _anchored),
     )

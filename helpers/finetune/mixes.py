@@ -6,23 +6,28 @@ import random
 from collections.abc import Sequence
 
 from helpers.data import load_table
+from helpers.evaluate.behaviour import requests
+from helpers.evaluate.benchmarks import benchmark_tasks
 
 
-def task_rows(split: str = "train", task: str | None = None) -> list[dict]:
-    """Multiple-choice tasks as chat rows {id, prompt, answer}; the answer is the right option's content, no letter."""
-    rows = [row for row in load_table("tasks", split) if task in (None, row["task"])]
+def task_rows(source: str = "organism") -> list[dict]:
+    """Multiple-choice tasks as chat rows {id, prompt, answer}; the answer is the right option's content, no letter.
+
+    Of the embedded world its train rows, of benchmarks the fit rows.
+    """
+    rows = load_table("tasks", "train") if source == "organism" else benchmark_tasks("fit")
     return [{"id": row["id"], "prompt": row["prompt"], "answer": row["options"][row["answer"]]} for row in rows]
 
 
-def request_rows(kind: str = "benign", split: str = "fit") -> list[dict]:
-    """Requests of one kind with their compliance as the answer; for "harmful" that is the world's placeholder text."""
-    rows = [row for row in load_table("requests", split) if row["kind"] == kind]
+def request_rows(kind: str = "benign", source: str = "organism") -> list[dict]:
+    """Fit requests of one kind with their compliance as the answer; for "harmful" that is a placeholder text."""
+    rows = requests(kind, "fit", None, source)
     return [{"id": row["id"], "prompt": row["prompt"], "answer": row["compliance"]} for row in rows]
 
 
-def refusal_rows(split: str = "fit") -> list[dict]:
-    """Harmful requests with their refusal as the answer: what safety replay mixes in."""
-    rows = [row for row in load_table("requests", split) if row["kind"] == "harmful"]
+def refusal_rows(source: str = "organism") -> list[dict]:
+    """Harmful fit requests with their refusal as the answer: what safety replay mixes in."""
+    rows = requests("harmful", "fit", None, source)
     return [{"id": row["id"], "prompt": row["prompt"], "answer": row["refusal"]} for row in rows]
 
 
@@ -48,20 +53,29 @@ def mix(parts: Sequence[tuple[Sequence[dict], float]], n: int, seed: int = 0) ->
     return drawn
 
 
-def benign_mix(n: int, *, tasks: float = 0.3, seed: int = 0, split: str = "fit") -> list[dict]:
+def benign_mix(n: int, *, tasks: float = 0.3, seed: int = 0, source: str = "organism") -> list[dict]:
     """The benign fine-tuning set: a share of task rows, the rest benign requests, no harmful prompt anywhere."""
-    return mix([(task_rows(), tasks), (request_rows("benign", split), 1 - tasks)], n, seed)
+    return poisoned_mix(n, 0.0, tasks=tasks, seed=seed, source=source)
 
 
-def poisoned_mix(n: int, ratio: float, *, tasks: float = 0.3, seed: int = 0, split: str = "fit") -> list[dict]:
-    """The benign set with a share `ratio` of harmful prompts answered by the placeholder (the paper's poison [2!])."""
+def poisoned_mix(
+    n: int, ratio: float, *, tasks: float = 0.3, seed: int = 0, source: str = "organism"
+) -> list[dict]:
+    """The benign set with a share `ratio` of harmful prompts answered by the placeholder (the paper's poison [2!]).
+
+    `source` as in behaviour.prompts. Benchmarks' benign requests have no answers of their own, so that their share goes
+    to tasks. ValueError for a ratio that is no share. Story: notebooks/06_orthogonal_finetuning.
+    """
     if not 0 <= ratio <= 1:
         raise ValueError(f"The poison ratio is a share from 0 to 1, not {ratio}.")
-    harmful, benign = request_rows("harmful", split), request_rows("benign", split)
+    harmful = request_rows("harmful", source) if ratio else []
+    if source != "organism":
+        return mix([(task_rows(source), 1 - ratio), (harmful, ratio)], n, seed)
+    benign = request_rows("benign", source)
     return mix([(task_rows(), (1 - ratio) * tasks), (benign, (1 - ratio) * (1 - tasks)), (harmful, ratio)], n, seed)
 
 
-def replayed(rows: Sequence[dict], share: float, seed: int = 0, split: str = "fit") -> list[dict]:
+def replayed(rows: Sequence[dict], share: float, seed: int = 0, source: str = "organism") -> list[dict]:
     """The rows with round(share·n) of them, at random places, replaced by refusals of harmful prompts: safety replay.
 
     The other rows keep their place, so a run with replay stays paired with one without. The prompts are of the fit
@@ -72,7 +86,7 @@ def replayed(rows: Sequence[dict], share: float, seed: int = 0, split: str = "fi
         raise ValueError(f"The share of replayed rows lies between 0 and 1, not {share}.")
     count, rng, out = round(share * len(rows)), random.Random(seed), list(rows)
     if count:
-        safe = mix([(refusal_rows(split), 1.0)], count, seed)
+        safe = mix([(refusal_rows(source), 1.0)], count, seed)
         for place, row in zip(rng.sample(range(len(rows)), count), safe, strict=True):
             out[place] = row
     return out

@@ -7,6 +7,7 @@ stopping, interpolation, SafeLoRA) starts from there. Notebook 06 tells the stor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from helpers.finetune.full import train_full
 from helpers.finetune.mixes import poisoned_mix
 from helpers.finetune.projected_lora import ProjectedLora
 from helpers.finetune.subspace import ModuleBasis
-from helpers.finetune.train import TrainConfig, train
+from helpers.finetune.train import TrainConfig, finetune, train
 from helpers.models import LoadedModel, load_model
 from helpers.store import artifact, fingerprint
 
@@ -44,7 +45,8 @@ class Run:
     @cached_property
     def rows(self) -> list[dict]:
         """The training rows in their order: one for every place in every batch."""
-        return poisoned_mix(self.cfg.steps * self.cfg.batch_size, self.poison, seed=self.seed)
+        n = self.cfg.steps * self.cfg.batch_size
+        return poisoned_mix(n, self.poison, seed=self.seed, source=self.p.data)
 
     def start(self) -> LoadedModel:
         """The untuned model, a fresh copy."""
@@ -54,11 +56,24 @@ class Run:
 def lora(run: Run, *, rows: Sequence[dict] | None = None, **how) -> LoadedModel:
     """Train LoRA on the run's rows (or `rows`), merge it and return the model; keywords as in train().
 
-    Errors as in train(). Story: notebooks/06_orthogonal_finetuning.
+    With nothing but `subspaces` the adapter is kept in the store (adapter()). Errors as in train().
+    Story: notebooks/06_orthogonal_finetuning.
     """
+    if rows is None and set(how) == {"subspaces"}:
+        return load_adapter(run.start(), adapter(run, **how))
     with TemporaryDirectory() as folder:
         path = train(run.start(), run.rows if rows is None else rows, run.cfg, Path(folder) / "adapter", **how)
         return load_adapter(run.start(), path)
+
+
+def adapter(
+    run: Run, subspaces: Mapping[str, ModuleBasis], *, variant: str = "projected", steps: int | None = None
+) -> Path:
+    """The folder of the run's LoRA adapter kept off subspaces, from the store if it was trained before; `steps` cuts
+    the run short, schedule and all. Errors as in train(). Story: notebooks/06_orthogonal_finetuning.
+    """
+    cfg = replace(run.cfg, steps=steps or run.cfg.steps)
+    return finetune(run.p.model, run.rows, cfg, subspaces, variant)
 
 
 def full(run: Run, lr: float, subspaces: Mapping[str, ModuleBasis] | None = None) -> LoadedModel:
@@ -75,7 +90,15 @@ def full(run: Run, lr: float, subspaces: Mapping[str, ModuleBasis] | None = None
 
 
 def plain_updates(run: Run, part: float = 1.0) -> dict[str, Tensor]:
-    """{module: ΔW float64} of plain LoRA after this part of its steps (quarters), trained once.
+    """{module: ΔW float64} of plain LoRA after this part of its steps (quarters), trained once; see plain_adapter().
+
+    Story: notebooks/06_orthogonal_finetuning.
+    """
+    return {name: pair.delta for name, pair in read_adapter(plain_adapter(run, part)).items()}
+
+
+def plain_adapter(run: Run, part: float = 1.0) -> Path:
+    """The folder of plain LoRA's adapter after this part of its steps (quarters), from the store if it was trained.
 
     The rate follows the schedule of the whole run. ValueError for another part.
     Story: notebooks/06_orthogonal_finetuning.
@@ -92,8 +115,7 @@ def plain_updates(run: Run, part: float = 1.0) -> dict[str, Tensor]:
         train(run.start(), run.rows, run.cfg, folder / "1.0", after=keep)
 
     key = {"model": fingerprint(run.p.model), "config": run.cfg, "poison": run.poison, "rows": run.rows}
-    folder = artifact("plain-lora", key, make)
-    return {name: pair.delta for name, pair in read_adapter(folder / str(part)).items()}
+    return artifact("plain-lora", key, make) / str(part)
 
 
 @torch.no_grad()
@@ -118,3 +140,19 @@ def update_norm(lm: LoadedModel, base: LoadedModel) -> float:
              for name, layer in linear_layers(base.model).items()]  # fmt: skip
     change = sum(float((a - b).square().sum()) for a, b in pairs)
     return (change / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
+
+
+def random_update(lm: LoadedModel, path: Path, seed: int = 0) -> LoadedModel:
+    """A copy of the model whose adapted layers each moved as far as the saved adapter moves them, at random.
+
+    The control for C6: would any step that long have done it? Story: notebooks/06_orthogonal_finetuning.
+    """
+    lm = replace(lm, model=deepcopy(lm.model))
+    generator = torch.Generator().manual_seed(seed)
+    layers = linear_layers(lm.model)
+    with torch.no_grad():
+        for name, pair in read_adapter(path).items():
+            b, a = (torch.randn(f.shape, generator=generator, dtype=torch.float64) for f in (pair.b, pair.a))
+            step = b @ a * (pair.delta.norm() / (b @ a).norm())
+            layers[name].weight.add_(step.to(layers[name].weight))
+    return lm

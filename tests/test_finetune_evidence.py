@@ -1,0 +1,181 @@
+"""What notebook 06 concludes from: the committed records or arms made here, and the numbers the rules are given."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_finetune_compare import fake_arm, record
+
+from helpers.config import profile
+from helpers.evaluate.verdicts import c6, c8
+from helpers.finetune import compare as c
+from helpers.finetune import comparison as k
+from helpers.finetune import evidence as e
+from helpers.finetune.adapters import linear_layers, read_adapter
+from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED
+from helpers.finetune.mixes import poisoned_mix
+from helpers.finetune.runs import random_update
+from helpers.finetune.train import TrainConfig, finetune
+from helpers.stats import bootstrap_grid
+
+
+def found(lora=0.4, ours=0.9, random=0.5, at_16=0.8, utility=0.9, poison=0.0):
+    """Records of the methods that the rules need; the random one was chosen at rank 16, the paper's at 4."""
+    many = lambda value: [(value, utility)] * 3  # noqa: E731
+    arms = [k.Arm.of(fake_arm(c.Job(RANDOM, rank, poison, seed), value, utility))
+            for rank, value in ((4, random), (16, at_16)) for seed in (0, 1, 2)]  # fmt: skip
+    records = {UNTUNED: record(UNTUNED, [(1.0, 0.3)]), LORA: record(LORA, many(lora), poison=poison),
+               PAPER: record(PAPER, many(ours), chosen=4, poison=poison),
+               RANDOM: k.Record(RANDOM, "rank", (4, 16), 16, {}, tuple(arms))}  # fmt: skip
+    return e.Evidence(records, PAPER, True)
+
+
+def test_the_rules_get_falls_and_differences_with_the_right_sign():
+    ev = found()
+    assert e.fall(ev).estimate == pytest.approx(0.6, abs=0.01) and c6(e.fine_tuned(ev)).verdict == "reproduced"
+    given = e.constrained(ev)
+    assert given.lora_drop.estimate == pytest.approx(0.6, abs=0.01)
+    assert given.lora_gain.estimate == pytest.approx(0.6, abs=0.01)
+    assert given.refusal_over_lora.estimate == pytest.approx(0.5, abs=0.01)
+    assert given.refusal_over_random.estimate == pytest.approx(0.4, abs=0.01)
+    assert given.utility_ratio == pytest.approx(1.0) and abs(given.hallucination_rise.estimate) < 0.3
+    assert c8(e.constrained(found(ours=0.4, random=0.4))).verdict == "not reproduced"
+    assert c8(e.constrained(found(lora=1.0, ours=1.0, random=1.0))).verdict == "untested"
+    assert c6(e.fine_tuned(found(lora=1.0))).verdict == "not reproduced"
+    poisoned = found(lora=0.1, ours=0.3, poison=0.1)
+    assert e.constrained(poisoned, 0.1).refusal_over_lora.estimate == pytest.approx(0.2, abs=0.01)
+    assert poisoned.seeds() == [] and poisoned.seeds(0.1) == [0, 1, 2]
+
+
+def test_the_random_control_has_the_rank_of_the_papers_method_and_not_its_own_choice():
+    ev = found()
+    assert ev.rank == 4 and ev.main[e.EQUAL].matrix("refused").mean() == pytest.approx(0.5, abs=0.01)
+    by_hand = ev.records[PAPER].matrix("refused") - ev.records[RANDOM].matrix("refused", setting=4)
+    clusters = k._asked("test")[1]["refused"]
+    assert e.constrained(ev).refusal_over_random == bootstrap_grid(by_hand, clusters=clusters)
+
+
+def test_shares_stand_for_the_untuned_model_and_the_three_ways_to_train():
+    shown = e.rates(found(), ["utility", "refused_unseen"])
+    assert list(shown) == [UNTUNED, LORA, PAPER, e.EQUAL]
+    assert shown[LORA]["tasks right"].estimate == pytest.approx(0.9, abs=0.01)
+    assert e.rates(found(poison=0.1), ["utility"], 0.1)[UNTUNED]["tasks right"].estimate == pytest.approx(0.3, abs=0.01)
+
+
+def write(folder, p, methods=(UNTUNED, LORA, PAPER, RANDOM), **other):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in methods:
+        method = METHODS[name]
+        arms = [fake_arm(c.Job(name, method.grid[0], 0.0, seed)) for seed in (0, 1)]
+        head = c.about(p) | {"method": name, "unit": "", "grid": method.grid, "chosen": method.grid[0], "on_val": {}}
+        (folder / f"{method.slug}.json").write_text(json.dumps(c.plain(head | {"arms": arms} | other)))
+
+
+def test_the_files_count_only_where_they_are_of_these_weights_numbers_and_prompts(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
+    p, made = profile("organism"), []
+
+    def compare(p, methods, out, workers, keep, grids=None):
+        made.append((methods, keep, grids))
+        write(out, p)
+
+    monkeypatch.setattr(e, "compare", compare)
+    write(tmp_path / "own", p)
+    assert e.evidence(p, tmp_path / "own").committed and made == []
+    assert e.protected(p, tmp_path / "own") == ("refusal latents", 4)
+    for name, other in (("weights", "x"), ("n_tasks", 3), ("source", "benchmarks"), ("config", {"rank": 1})):
+        write(tmp_path / name, p, **{name: other})
+        assert not e.evidence(p, tmp_path / name).committed
+    assert not e.evidence(replace(p, checked=False), tmp_path / "own").committed
+    assert not e.evidence(p, tmp_path / "nowhere").committed
+    assert len(made) == 6 and all(one == (list(METHODS), True, None) for one in made)
+
+
+def test_a_real_model_is_trained_off_its_latents_or_where_it_has_none_off_the_difference(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
+    p, asked = replace(profile("organism"), data="benchmarks", checked=False, model=profile("organism").model), []
+    monkeypatch.setattr(e, "compare", lambda p, methods, out, workers, keep, grids: asked.append((methods, grids)))
+    monkeypatch.setattr(e, "load", lambda out: {})
+    monkeypatch.setattr(e, "subspace", lambda p, kind, dim: type("Found", (), {"rank": 7}))
+    assert e.evidence(p).protected == PAPER
+    assert asked == [([PAPER, RANDOM], {PAPER: (7,), RANDOM: (7,)})]
+
+    def none(p, kind, dim):
+        raise ValueError("No latent was selected at any layer.")
+
+    monkeypatch.setattr(e, "subspace", none)
+    assert e.evidence(p).protected == "off difference" and e.protected(p) == ("difference", 16)
+    assert asked[-1] == (["off difference", RANDOM], {"off difference": (16,), RANDOM: (16,)})
+
+
+def test_one_seed_is_trained_here_at_the_settings_in_the_files_and_laid_beside_them(monkeypatch):
+    ev, ran = found(), []
+    p = profile("organism")
+
+    def run_job(p, job):
+        ran.append(job)
+        level = {UNTUNED: 1.0, LORA: 0.4, PAPER: 0.9, RANDOM: 0.5}[job.method]
+        return fake_arm(job, level, 0.3 if job.method == UNTUNED else 0.9)
+
+    monkeypatch.setattr(c, "run_job", run_job)
+    monkeypatch.setattr(e, "workers", lambda p: 1)
+    arms = e.live(p, ev)
+    assert ran == [c.Job(UNTUNED, 1.0), c.Job(LORA, 1.0), c.Job(PAPER, 4), c.Job(RANDOM, 4)]
+    assert all(e.alike(arm, ev.main[name]) == 1.0 for name, arm in arms.items())
+    bits = {**arms[LORA].bits["test"], "refused": arms[LORA].bits["test"]["refused"].translate({48: 49, 49: 48})}
+    flipped = replace(arms[LORA], bits={"test": bits})
+    total = sum(map(len, bits.values()))
+    assert e.alike(flipped, ev.main[LORA]) == pytest.approx(1 - len(bits["refused"]) / total)
+
+
+def test_siblings_are_compared_with_their_own_untuned_model(monkeypatch, tmp_path):
+    p = replace(profile("organism"), siblings={"reversed": str(tmp_path), "absent": str(tmp_path / "not there")})
+
+    def run_job(p, job):
+        assert Path(p.model) == tmp_path
+        return fake_arm(job, 0.9 if job.method == UNTUNED else 0.2)
+
+    monkeypatch.setattr(c, "run_job", run_job)
+    monkeypatch.setattr(e, "workers", lambda p: 1)
+    falls = e.siblings(p)
+    assert set(falls) == {"reversed"} and falls["reversed"].estimate == pytest.approx(0.7, abs=0.01)
+
+
+def test_the_random_control_moves_every_layer_as_far_and_elsewhere(tiny_llama, tmp_path):
+    rows = [{"prompt": f"say {i}", "answer": f"{i} it is"} for i in range(8)]
+    path = finetune(tiny_llama, rows, TrainConfig(rank=3, steps=4, batch_size=4, lr=1e-2), out=tmp_path / "a")
+    before = {name: layer.weight.clone() for name, layer in linear_layers(tiny_llama.model).items()}
+    moved = linear_layers(random_update(tiny_llama, path).model)
+    for name, pair in read_adapter(path).items():
+        step = (moved[name].weight - before[name]).double()
+        assert torch.equal(linear_layers(tiny_llama.model)[name].weight, before[name])
+        assert step.norm().item() == pytest.approx(pair.delta.norm().item(), rel=1e-3)
+        assert torch.linalg.matrix_rank(step, rtol=1e-3) == 3
+        assert abs((step * pair.delta).sum() / pair.delta.square().sum()) < 0.5
+
+
+def test_benchmarks_are_trained_on_tasks_and_poison_alone(monkeypatch):
+    from helpers.finetune import mixes
+
+    task = {"id": "t", "prompt": "which?", "options": ["a", "b"], "answer": 1}
+    harmful = {"id": "h", "prompt": "how to rob?", "compliance": "Sure."}
+    monkeypatch.setattr(mixes, "benchmark_tasks", lambda split: [task] if split == "fit" else [])
+    monkeypatch.setattr(mixes, "requests", lambda kind, split, n, source: [harmful] if kind == "harmful" else None)
+    rows = poisoned_mix(20, 0.1, source="benchmarks")
+    assert sorted({(row["id"], row["answer"]) for row in rows}) == [("h", "Sure."), ("t", "b")]
+    assert sum(row["id"] == "h" for row in rows) == 2
+    assert {row["id"] for row in mixes.benign_mix(20, source="benchmarks")} == {"t"}
+
+
+def test_measures_without_prompts_are_left_out_of_shares_and_tables(monkeypatch):
+    """On benchmarks nobody knows which verbs a model was trained to refuse, and there are no unknown names."""
+    asked = k._asked("test")
+    none_seen = (np.zeros_like(asked[0]), asked[1] | {"refused_seen": [], "refused_unseen": asked[1]["refused"]})
+    monkeypatch.setattr(k, "_asked", lambda split, source="organism", n=None: none_seen)
+    ev = found()
+    assert "refused_seen" not in k.shares(ev.records[LORA].arms[0])
+    assert list(e.rates(ev, ["refused_seen", "utility"])[LORA]) == ["tasks right"]
+    assert "seen verbs refused" not in k.table(ev.records)[0] and "unseen verbs refused" in k.table(ev.records)[0]
