@@ -61,7 +61,7 @@ claims = report.collect_claims(p)
 # ## 1 · The table
 #
 # *Reproduced*: the direction holds and so does its comparison with a control. *Not reproduced*: the preconditions held, and the direction did not.
-# *Untested*: a precondition failed or the method was not run, so the data say nothing either way. The last column leads to the section of the notebook in which the claim was made.
+# *Untested*: a precondition failed or the method was not run, so the data say nothing either way. The last column leads to the cell of the notebook that made the claim.
 
 # %%
 from helpers.report.links import notebooks_dir
@@ -241,13 +241,13 @@ display(*held)
 path = report.html_report(p)
 print(f"Written: {path.name}, {path.stat().st_size // 1024} KiB")
 print("Written:", ", ".join(one.name for one in report.export_claims(p).values()))
-print("Claims with a link to the section that made them:", sum(link.href is not None for link in made))
+print("Claims with a link to the cell that made them:", sum(link.href is not None for link in made))
 
 # %%
 # NBVAL_CHECK_OUTPUT
 report.check("claims.rows", len(claims))
 report.check("claims.test_prompts_in_other_splits", sum(row["exactly"] for row in leaks))
-report.check("claims.linked_to_their_section", sum(link.href is not None for link in made))
+report.check("claims.linked_to_their_cell", sum(link.href is not None for link in made))
 report.check("claims.verdicts", " ".join(f"{row['id']}:{row['verdict']}" for row in claims))
 
 # %% [markdown]

@@ -1,4 +1,4 @@
-"""The report as a page: links lead to headings that exist, all is escaped, nothing comes from a network."""
+"""The report as a page: links lead to cells that exist, all is escaped, nothing comes from a network."""
 
 import csv
 import itertools
@@ -7,11 +7,11 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote
 
+import nbformat
 import numpy as np
 import pytest
-from nbconvert.filters.strings import add_anchor
+from nbconvert import HTMLExporter
 
 from helpers import report
 from helpers.config import ROOT, profile
@@ -52,7 +52,7 @@ class Page(HTMLParser):
         self.images += [found] if tag == "img" else []
 
 
-# Cells, headings and anchors
+# Cells, headings and links
 
 
 def test_a_claims_section_is_the_last_heading_before_the_cell_that_writes_it(tmp_path):
@@ -70,49 +70,55 @@ def test_a_claims_section_is_the_last_heading_before_the_cell_that_writes_it(tmp
         cells.section_text("00_a", "Nowhere", tmp_path)
 
 
-@pytest.mark.parametrize("heading", ["9 · Verdicts, by rule", "The verdict on C4", "What? (a/b) 50 %", "a `b` *c*"])
-def test_an_anchor_is_the_one_that_nbconvert_writes(heading):
-    shown = re.sub(r"`([^`]*)`", r"<code>\1</code>", re.sub(r"\*([^*]*)\*", r"<em>\1</em>", heading))
-    assert f'id="{cells.anchor(heading)}"' in add_anchor(f"<h2>{shown}</h2>")
-
-
-def heading_exists(href: str, page: Path) -> bool:
-    """Whether the notebook is where the link says, and both halves of its pair have the heading."""
-    path, _, fragment = href.partition("#")
+def cell_exists(href: str, page: Path, claim: str) -> bool:
+    """Whether the notebook is where the link says, and its cell of that id is the one that writes the claim."""
+    path, _, id = href.partition("#cell-id=")
     file = (page / path).resolve()
-    notebook = json.loads(file.read_text(encoding="utf-8"))
-    shown = [line.lstrip("# ").strip() for cell in notebook["cells"] if cell["cell_type"] == "markdown"
-             for line in "".join(cell["source"]).splitlines() if line.startswith("#")]
-    written = [words for cell in cells.cells(file.stem) for _, words in cell.headings]
-    return all(unquote(fragment) in {words.replace(" ", "-") for words in some} for some in (shown, written))
+    if not file.is_file():
+        return False
+    there = [cell for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if cell["id"] == id]
+    return len(there) == 1 and "report.claim(" in (code := "".join(there[0]["source"])) and f'"{claim}"' in code
 
 
-def test_every_claim_leads_to_a_heading_that_is_there():
+def test_every_claim_leads_to_the_cell_that_wrote_it_and_names_a_section_that_is_there():
     for page in (COMMITTED, cells.NOTEBOOKS):
-        found = [report.claim_link(row, page) for row in claims()]
-        assert [link.href for link in found if link.href is None or not heading_exists(link.href, page)] == []
-    assert found[5].href == "06_orthogonal_finetuning.ipynb#9-%C2%B7-Verdicts,-by-rule"
-    assert not heading_exists("06_orthogonal_finetuning.ipynb#No-such-part", cells.NOTEBOOKS)
-    assert report.claim_link(ROW, COMMITTED).href.startswith("../../../notebooks/06_")
+        for row in claims():
+            link = report.claim_link(row, page)
+            assert link.href and cell_exists(link.href, page, row["id"]), row["id"]
+            heading = re.fullmatch("notebook .., “(.*)”", link.text)[1]
+            written = (cells.NOTEBOOKS / f"{row['notebook']}.py").read_text(encoding="utf-8")
+            assert re.search(rf"(?m)^# #+ {re.escape(heading)}$", written), heading
+    wrong = report.claim_link(claims()[5], cells.NOTEBOOKS).href
+    assert not cell_exists(wrong, cells.NOTEBOOKS, "C4") and not cell_exists(wrong + "0", cells.NOTEBOOKS, "C6")
+    path = "../../../notebooks/06_orthogonal_finetuning.ipynb"
+    assert report.claim_link(ROW, COMMITTED).href.startswith(f"{path}#cell-id=")
+
+
+def test_a_notebook_made_into_a_page_has_the_place_that_a_link_names():
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", id="0a1b2c3d")])
+    page, _ = HTMLExporter().from_notebook_node(nb)
+    assert 'id="cell-id=0a1b2c3d"' in page
 
 
 def test_a_page_elsewhere_names_the_section_in_words(tmp_path):
     link = report.claim_link(ROW, tmp_path)
     assert link.href is None and str(link) == "notebook 06, “9 · Verdicts, by rule”" and "<a" not in link.html()
     assert report.claim_link({**ROW, "notebook": ""}, COMMITTED) == links.Link("")
-    assert report.claim_link({**ROW, "notebook": HOSTILE}, COMMITTED).href is None
-    assert "<img" not in report.claim_link({**ROW, "notebook": HOSTILE}, COMMITTED).html()
+    assert report.claim_link({**ROW, "id": "C4"}, COMMITTED) == links.Link("notebook 06"), "no cell writes it"
+    hostile = report.claim_link({**ROW, "notebook": HOSTILE}, COMMITTED)
+    assert hostile.href is None and "<img" not in hostile.html()
 
 
 def test_a_profile_with_notebooks_among_its_results_is_linked_there(monkeypatch, tmp_path):
     monkeypatch.setenv("COMPANION_RESULTS", str(tmp_path))
-    row = {**ROW, "profile": "organism-full"}
-    page = tmp_path / "organism-full"
-    page.mkdir()
+    row, page = {**ROW, "profile": "organism-full"}, tmp_path / "organism-full"
+    (page / "notebooks").mkdir(parents=True)
     assert report.claim_link(row, page).href is None, "it has not been run yet"
-    (page / "notebooks").mkdir()
-    (page / "notebooks" / "06_orthogonal_finetuning.ipynb").write_text("{}")
-    assert report.claim_link(row, page).href == "notebooks/06_orthogonal_finetuning.ipynb#9-%C2%B7-Verdicts,-by-rule"
+    made = [{"cell_type": "markdown", "source": 'report.claim("C6")', "id": "words"},
+            {"cell_type": "code", "source": ['report.claim("C8"'], "id": "other"},
+            {"cell_type": "code", "source": ['report.claim(\n', '    "C6")'], "id": "this"}]  # fmt: skip
+    (page / "notebooks" / "06_orthogonal_finetuning.ipynb").write_text(json.dumps({"cells": made}))
+    assert report.claim_link(row, page).href == "notebooks/06_orthogonal_finetuning.ipynb#cell-id=this"
 
 
 def test_a_table_shows_a_link_as_one_and_escapes_it():
@@ -184,7 +190,7 @@ def test_the_page_has_every_part_in_order_and_asks_nothing_of_a_network(own_resu
 def test_the_pages_links_work_where_it_is_committed():
     page = Page((COMMITTED / "report.html").read_text(encoding="utf-8"))
     out = [link for link in page.links if not link.startswith("#")]
-    assert len(out) == 8 and all(heading_exists(link, COMMITTED) for link in out)
+    assert len(out) == 8 and all(cell_exists(*one) for one in zip(out, [COMMITTED] * 8, report.CLAIMS, strict=True))
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
 
 

@@ -1,11 +1,11 @@
-"""The notebooks' sources as cells: which section made a claim, how viewers anchor its heading, what a section says."""
+"""The notebooks as cells: which cell and which section made a claim, and what a section says."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 from helpers.config import ROOT
 
@@ -51,15 +51,26 @@ def section_of(notebook: str, claim: str, folder: Path = NOTEBOOKS) -> str | Non
     last = None
     for cell in cells(notebook, folder):
         last = cell.headings[-1][1] if cell.headings else last
-        if cell.kind == "code" and "report.claim(" in cell.text and f'"{claim}"' in cell.text:
+        if cell.kind == "code" and writes(cell.text, claim):
             return last
     return None
 
 
-def anchor(heading: str) -> str:
-    """The fragment of a heading in JupyterLab and in what nbconvert, nbviewer and GitHub make of a notebook."""
-    words = re.sub(r"[`*]", "", heading)
-    return quote(words.replace(" ", "-"), safe="?/:@!$&'()*+,;=")
+def cell_of(file: Path, claim: str) -> str | None:
+    """The id of the cell of an executed notebook that writes a claim; None where no cell does, or it has no id.
+
+    JupyterLab, and what nbconvert and nbviewer make of a notebook, go to it by the fragment `#cell-id=<id>`. Headings
+    are no such place: JupyterLab finds none that is not written in ASCII. Story: notebooks/07_claims.
+    """
+    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code" and writes("".join(cell["source"]), claim):
+            return cell.get("id")
+    return None
+
+
+def writes(code: str, claim: str) -> bool:
+    """Whether the code of a cell writes a claim."""
+    return "report.claim(" in code and f'"{claim}"' in code
 
 
 def section_text(notebook: str, words: str, folder: Path = NOTEBOOKS) -> str:

@@ -1,4 +1,4 @@
-"""Where a claim was made: a link to the notebook's section, or its name in words where a link would lead nowhere."""
+"""Where a claim was made: a link to the notebook's cell, or its section in words where a link would lead nowhere."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from helpers.config import ROOT, profile, results_dir
-from helpers.report.cells import NOTEBOOKS, anchor, section_of
+from helpers.report.cells import NOTEBOOKS, cell_of, section_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ def notebooks_dir(profile_name: str) -> Path:
 
 
 def claim_link(row: Mapping[str, Any], page: Path) -> Link:
-    """The section that made a claim, as seen from a page in the folder `page`; in words where the page cannot reach it.
+    """The cell that made a claim, named by its section, as seen from a page in the folder `page`; without an address
+    where the page cannot reach it.
 
     A page inside the repository reaches its notebooks by a relative address; a page elsewhere only what lies below it.
     Story: notebooks/07_claims.
@@ -47,7 +49,8 @@ def claim_link(row: Mapping[str, Any], page: Path) -> Link:
     words = f"notebook {notebook[:2]}" if heading is None else f"notebook {notebook[:2]}, “{heading}”"
     file, page = notebooks_dir(row["profile"]) / f"{notebook}.ipynb", page.resolve()
     together = any(file.resolve().is_relative_to(home) for home in (page, ROOT) if page.is_relative_to(home))
-    if heading is None or not together or not file.is_file():
+    cell = cell_of(file, row["id"]) if together and file.is_file() else None
+    if cell is None:
         return Link(words)
     path = Path(os.path.relpath(file.resolve(), page)).as_posix()
-    return Link(words, f"{path}#{anchor(heading)}")
+    return Link(words, f"{path}#cell-id={quote(cell)}")
