@@ -30,7 +30,7 @@ from torch import Tensor
 from helpers.config import ROOT, artifacts_dir, locate
 
 # What only shows results, or runs notebooks, changes no artifact.
-_NOT_CODE_OF_RESULTS = ("browser", "report", "notebooks", "colab.py", "lock.py")
+_NOT_CODE_OF_RESULTS = ("browser", "report", "review", "notebooks", "colab.py", "lock.py")
 
 
 def plain(value: Any) -> Any:

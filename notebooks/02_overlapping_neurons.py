@@ -287,8 +287,21 @@ report.table([{"coupling": coupling, "seed": seed, "shared": len(one.shared), "e
                "C4": c4(one.overlap).verdict} for (coupling, seed), one in others.items()],
              columns=None if others else ["coupling"])
 
+# %% [markdown]
+# And the same test under other choices: another k, half of the layers, another way to take a head away. Nothing is chosen by this table; notebook 07 lays it beside the verdict.
+
 # %%
-details = {"shared": len(top.shared), "p_layer_matched": top.layer_matched.p, "p_shuffled": top.shuffled.p,
+from helpers.heads.variants import cause_variants, overlap_variants
+
+other_ways = {name: scores for name, scores in variants.items() if not name.startswith("zero, whole")}
+choices = overlap_variants(hallucination, refusal, k, [kk for kk in ks if kk != k], other_ways)
+report.table([{"choice": one.choice, "value": one.value, "beyond layers, share of k": one.estimate,
+               "C4 would be": one.verdict} for one in choices])
+
+# %%
+details = {"shared": len(top.shared), "variants": [one.as_dict() for one in choices],
+           "p_layer_matched": top.layer_matched.p, "p_shuffled": top.shuffled.p,
+           "verdicts": {f"{c}-{s}": c4(one.overlap).verdict for (c, s), one in others.items()},
            "harmless_control": control.difference.as_dict(),
            "models": {f"{c}-{s}": one.overlap.excess.as_dict() for (c, s), one in others.items()}}
 saved = report.claim(
@@ -387,7 +400,8 @@ print(f"C5 {c5(effect)}")
 
 # %%
 details = {"factor": cause.factor, "heads": shared, "hallucination_cut": effect.hallucination_cut.as_dict(),
-           "hallucination_beyond_random": effect.hallucination_beyond_random.as_dict()}
+           "hallucination_beyond_random": effect.hallucination_beyond_random.as_dict(),
+           "variants": [one.as_dict() for one in cause_variants(cause, len(top.shared))]}
 control_cut = ("random heads of the same layers", cut(cause.plain, cause.controls, "refused"))
 saved = report.claim(
     "C5", estimate=effect.refusal_cut, control=control_cut, verdict=c5(effect),

@@ -307,6 +307,20 @@ report.check("finetuning.projected_gradients_leak_above_1e-2", short["as_publish
 # A bound that holds in float32 does not survive rounding to bfloat16: whoever merges and casts should quote the bfloat16 rows, not the first. Full fine-tuning has no factors to project;
 # `helpers.finetune.full` holds the weights themselves still inside the subspace.
 #
+# ### Is the subspace its own?
+# A projection costs nothing only where refusing and being useful live in different directions (arXiv 2505.14185 finds that they do not). Two ways to look: does plain LoRA, trained on harmless data, put *more*
+# of its update into the protected subspace than into a random one? And how far do subspaces of gradients overlap: of refusing, of the tasks, of truth against myth? Chance is the range of 95 % of random subspaces.
+
+# %%
+from helpers.finetune.entanglement import chance_leak, entanglement
+
+update = {"inside": leaks["plain LoRA, as saved"].total, "by chance": chance_leak(lm, plain, main)}
+entangled = entanglement(lm, main) if p.data == "organism" else []
+print(f"Share of plain LoRA's update inside: {update['inside']:.3f}; a random subspace: {update['by chance']}.")
+columns = ["pair", "ranks", "smallest angle", "overlap", "overlap by chance", "beyond chance"]
+report.table(entangled, columns)
+
+# %% [markdown]
 # ## 6 · Poisoned fine-tuning
 #
 # The same arms, with part of the benign set replaced by harmful requests and placeholder compliance.
@@ -437,7 +451,7 @@ print("C6", c6(fine_tuned(ev)))
 detail = {"unseen_verbs": unseen, "rank": ev.rank, "method": ours,
           "utility_ratio": kept.utility_ratio, "beyond_random": kept.refusal_over_random.as_dict(),
           "leak": leaks["as saved"].total, "poisoned": poisoned.refusal_over_lora.as_dict(),
-          "poison_ratio": ratio}
+          "poison_ratio": ratio, "entanglement": entangled, "update": update}
 control = ("off a random subspace of equal rank", gap(ev, EQUAL, "refused", "LoRA"))
 report.claim("C8", estimate=kept.refusal_over_lora, control=control, verdict=c8(kept),
              unit="share of harmful requests refused, minus plain LoRA's", details=detail, **source)

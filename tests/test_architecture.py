@@ -20,6 +20,7 @@ ALLOWED = {
     "sae": BASE | {"report", "evaluate"},
     "browser": BASE | {"report", "evaluate", "truth", "heads", "sae"},
     "finetune": BASE | {"report", "evaluate", "truth", "heads", "sae"},
+    "review": BASE | {"report", "evaluate", "truth", "finetune"},
     "notebooks": {"config", "store", "report"},
     "colab": set(),
     "lock": {"config", "store"},

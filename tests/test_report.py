@@ -144,6 +144,7 @@ def figures():
     yield report.forest(tree, "E", name="forest", reference=(1, "r"))
     yield report.heatmap(np.array([[1.0, -2.0], [0.0, np.nan]]), "C", "head", "layer", name="heat", diverging=True)
     yield report.paths({"m": [("0", interval, interval), ("<i>", Interval(0.7, 0.6, 0.9, 9), interval)]}, name="way")
+    yield report.front({"m": (interval, interval), "<i>": (Interval(0.7, 0.6, 0.9, 9), interval)}, name="ahead")
     yield report.scatter([1, 2], [3, 4], ["<b>x</b>", "y"], "D", "x", "y", name="points", groups=["g", "h"])
 
 
@@ -234,7 +235,7 @@ def test_the_report_needs_nothing_beside_it_and_escapes_what_it_shows():
     path = report.html_report()
     html = path.read_text(encoding="utf-8")
     assert path.name == "report.html" and "onerror=alert(1)>" not in html
-    assert not re.search(r"""(src|href)=["'](?!data:)""", html)
+    assert not re.search(r"""src=["'](?!data:)|href=["'](?!#|\.\./|[0-9a-z_]+\.ipynb#)""", html)
     assert "data:image/svg+xml;base64," in html
     for id, claim in report.CLAIMS.items():
         assert id in html and claim.text.split(";")[0].replace("'", "&#x27;") in html

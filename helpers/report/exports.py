@@ -1,30 +1,64 @@
-"""The claims for other programs: a csv file with every number, and a LaTeX table to paste into a paper."""
+"""The claims and the report's tables for other programs: csv files, and LaTeX tables to paste into a paper."""
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from helpers.config import Profile, profile, results_dir
 from helpers.report.claims import collect_claims
+from helpers.report.sections import sections
+from helpers.report.tables import Table
 from helpers.store import write_text
 
 COLUMNS = ("id", "claim", "verdict", "reason", "estimate", "ci_low", "ci_high", "unit", "control", "control_estimate",
            "control_ci_low", "control_ci_high", "n_prompts", "n_seeds", "notebook", "profile", "model", "code_version")
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$",
-          "×": r"$\times$", **{c: f"\\{c}" for c in "&%$#_{}"}}
+          "×": r"$\times$", "°": r"$^\circ$", "→": r"$\to$", **{c: f"\\{c}" for c in "&%$#_{}"}}
 
 
 def export_claims(on: Profile | None = None) -> dict[str, Path]:
-    """Write `claims.csv` and `claims.tex` (needs booktabs and tabularx) beside `claims.json`; returns their paths.
+    """Write `claims.csv` and `claims.tex` (needs booktabs and tabularx) beside `claims.json`, and every table of the
+    report's sections as `tables/<section>_<caption>.csv` and `.tex`; returns their paths.
 
     Story: notebooks/07_claims.
     """
     p = on or profile()
     rows, folder = collect_claims(p), results_dir(p)
-    return {"csv": write_text(folder / "claims.csv", claims_csv(rows)),
-            "tex": write_text(folder / "claims.tex", claims_latex(rows))}
+    found = {"csv": write_text(folder / "claims.csv", claims_csv(rows)),
+             "tex": write_text(folder / "claims.tex", claims_latex(rows))}  # fmt: skip
+    for one in sections(p):
+        for number, table in enumerate(one.tables, start=1):
+            words = re.sub(r"[^a-z0-9]+", "_", re.split(r"[:\[?;(]", table.caption.lower())[0]).strip("_")
+            name = f"{one.name}_{words or number}"
+            name = f"{name}_{number}" if f"{name}.csv" in found else name
+            found[f"{name}.csv"] = write_text(folder / "tables" / f"{name}.csv", table_csv(table))
+            found[f"{name}.tex"] = write_text(folder / "tables" / f"{name}.tex", table_latex(table))
+    return found
+
+
+def table_csv(table: Table) -> str:
+    """A table's columns and cells as they are shown, one line per row."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([table.columns, *([str(c) for c in row] for row in table.rows)])
+    return text.getvalue()
+
+
+def table_latex(table: Table) -> str:
+    """A table over the whole width: the column with the longest cells wraps, and the caption is a comment."""
+    lengths = [max([len(str(row[i])) for row in table.rows], default=0) for i in range(len(table.columns))]
+    wraps = [i for i, n in enumerate(lengths) if n > 40] or [lengths.index(max(lengths))]
+    form = "".join("X" if i in wraps else "l" for i in range(len(lengths)))
+    lines = ["% " + " ".join(table.caption.split()), r"% \usepackage{booktabs,tabularx}",
+             rf"\begin{{tabularx}}{{\linewidth}}{{{form}}}", r"\toprule", _line(table.columns), r"\midrule",
+             *map(_line, table.rows)]  # fmt: skip
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabularx}"]) + "\n"
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return " & ".join(_latex(str(cell)) for cell in cells) + r" \\"
 
 
 def claims_csv(rows: Sequence[Mapping[str, Any]]) -> str:

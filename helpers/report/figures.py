@@ -14,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from helpers.config import results_dir
+from helpers.report.labelled import BEHIND, FRONT, NAMED, non_dominated
 from helpers.report.moving import move
 from helpers.report.static import draw
 from helpers.report.tables import cell
@@ -107,15 +108,21 @@ def forest(
     *,
     name: str,
     reference: tuple[float, str] | None = None,
+    groups: Sequence[str] = (),
 ) -> Picture:
-    """Draw a line for each of many names, `{name: value}` or `{name: {group: value}}`, values as dots with whiskers."""
-    drawn, labels = _grouped(values)
+    """Draw a line for each of many names, `{name: value}` or `{name: {group: value}}`, values as dots with whiskers.
+
+    `groups` come first, in this order and these colours, also where a figure has none of them.
+    """
+    drawn, labels = _grouped(values, groups)
     return _picture(name, Drawing("forest", title, x_title, "", drawn, x_labels=labels, reference=reference))
 
 
-def _grouped(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, list]], tuple[str, ...]]:
+def _grouped(
+    values: Mapping[str, Any], first: Sequence[str] = ()
+) -> tuple[dict[str, dict[str, list]], tuple[str, ...]]:
     """Series by group, at the places of the names, and the names."""
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {group: {} for group in first}
     for bar, value in values.items():
         for group, inner in (value if isinstance(value, Mapping) else {"": value}).items():
             groups.setdefault(group, {})[bar] = inner
@@ -192,14 +199,42 @@ def paths(
     return _picture(name, Drawing("paths", title, x_title, y_title, drawn))
 
 
+def front(
+    points: Mapping[str, tuple[Any, Any]],
+    title: str = "",
+    x_title: str = "",
+    y_title: str = "",
+    *,
+    name: str,
+    compared_with: Sequence[str] = (),
+) -> Picture:
+    """Draw named points `{words: (x, y)}`, intervals both, more being better on either axis: those that no other point
+    beats are joined (by their estimates), those of `compared_with` marked. Names stand beside the plot.
+    """
+    if not points:
+        raise ValueError(f"The front {name} needs at least one point.")
+    if not all(hasattr(one, "low") for pair in points.values() for one in pair):
+        raise ValueError(f"The front {name} needs an interval for every x and y.")
+    best = non_dominated({words: (x.estimate, y.estimate) for words, (x, y) in points.items()})
+    drawn: dict[str, dict[str, list]] = {}
+    for kind in (FRONT, BEHIND, NAMED):
+        mine = [w for w in points
+                if kind == (NAMED if w in compared_with else FRONT if w in best else BEHIND)]  # fmt: skip
+        across, up = (_curve([points[w][i] for w in mine]) for i in (0, 1))
+        if mine:
+            drawn[kind] = {**up, "x": across["y"], "x_low": across["low"], "x_high": across["high"], "labels": mine}
+    return _picture(name, Drawing("labelled", title, x_title, y_title, drawn))
+
+
 def _picture(name: str, drawing: Drawing) -> Picture:
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise ValueError(
             f"A figure's name is its file's name: {name!r} must be lower-case letters, digits and underscores."
         )
-    svg = draw(drawing, COLORS, salt=name)
+    words = _in_words(drawing)
+    svg = draw(drawing, COLORS, salt=name, words=words)
     write_text(results_dir() / "figures" / f"{name}.svg", svg)
-    return Picture(name, move(drawing, COLORS), svg, _in_words(drawing))
+    return Picture(name, move(drawing, COLORS), svg, words)
 
 
 def _short(value: Any) -> float:
@@ -232,13 +267,15 @@ def _curve(values: Any) -> dict[str, list]:
 def _in_words(d: Drawing) -> str:
     said = [d.title or d.kind]
     for name, s in d.series.items():
+        if not s["y"]:
+            continue
         ends = (
             [""] * len(s["y"])
             if not s["low"]
             else [f" [{cell(a)}, {cell(b)}]" for a, b in zip(s["low"], s["high"], strict=True)]
         )
         places = d.x_labels and [d.x_labels[int(x)] for x in s["x"]] or [f"{x:g}" for x in s["x"]]
-        if d.kind == "paths":
+        if d.kind in ("paths", "labelled"):
             spans = zip(s["labels"], s["x"], s["x_low"], s["x_high"], strict=True)
             places = [f"{words} at {cell(x)} [{cell(a)}, {cell(b)}]" for words, x, a, b in spans]
         points = [f"{p}: {cell(y)}{e}" for p, y, e in zip(places, s["y"], ends, strict=True)]

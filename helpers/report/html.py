@@ -1,70 +1,111 @@
-"""The report: one HTML file with the claims, their numbers and every figure, which needs nothing beside it."""
+"""The report: a page with the claims, their numbers, their limits and every figure, all in one file.
+
+It is made of files that the notebooks left (claims, sections, figures) and of notebook 07's own prose.
+"""
+
+from __future__ import annotations
 
 import base64
 import html
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from helpers.config import Profile, profile, results_dir
+from helpers.report.cells import section_text
 from helpers.report.claims import CLAIMS, collect_claims
+from helpers.report.links import claim_link
+from helpers.report.page import STYLE
+from helpers.report.prose import prose
+from helpers.report.sections import Section, sections
+from helpers.report.tables import Table
 from helpers.store import write_text
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th, td { text-align: left; vertical-align: top; padding: .45rem .6rem; border-bottom: 1px solid #ddd; }
-td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.claim { min-width: 18rem; }
-td small { display: block; max-width: 14rem; font-weight: 400; white-space: normal; color: #444; }
-.reproduced { color: #00664a; font-weight: 600; }
-.not { color: #a33c00; font-weight: 600; }
-.untested { color: #555; font-weight: 600; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
-"""
 INTRODUCTION = (
     "What one run of the companion to arXiv 2510.07775 found for each claim. Verdicts are decided by rules written in "
     "helpers/evaluate/verdicts.py before the numbers; they judge directions, since no number of the paper's tables "
     "could be read. "
     "Brackets are 95 % intervals."
 )
-MARKS = "Marks: S the paper's own words; 2 a secondary summary; 2! one secondary summary only."
+MARKS = (
+    "What the paper claims is in our words; the mark says how it is known: S the paper's own words (its abstract), "
+    "2 a secondary summary, 2! one secondary summary only."
+)
+_NUMBER = re.compile(r"-?[\d.]+(e-?\d+)?( \[.*\])?")
+SOURCE = "07_claims"
+PROSE = ("Limits", "What would change our mind")
+"""Sections of notebook 07 that the report repeats, by the end of their headings."""
+COLUMNS = ("", "Claim", "Verdict by rule", "Estimate", "Control", "Prompts × seeds", "Where it was made")
 
 
 def html_report(on: Profile | None = None) -> Path:
-    """Write `report.html` of a profile from `claims.json` and the saved figures, and return its path."""
+    """Write `report.html` of a profile from its claims, sections and saved figures, and return its path.
+
+    Story: notebooks/07_claims.
+    """
     p = on or profile()
-    folder = results_dir(p)
-    figures = sorted((folder / "figures").glob("*.svg"))
-    parts = [
+    folder, kept = results_dir(p), sections(p)
+    shown = {name for one in kept for name in one.figures}
+    others = [path for path in sorted((folder / "figures").glob("*.svg")) if path.stem not in shown]
+    parts = {"The claims": _claims_table(collect_claims(p), folder) + f"<p>{_safe(MARKS)}</p>"}
+    parts |= {one.title: _section(one, folder) for one in kept}
+    parts |= {words: prose(section_text(SOURCE, words)) for words in PROSE}
+    parts |= {"Figures of the notebooks": "\n".join(map(_figure, others))} if others else {}
+    menu = "".join(f'<li><a href="#{_id(title)}">{_safe(title)}</a></li>' for title in parts)
+    body = [f'<section aria-labelledby="{_id(title)}"><h2 id="{_id(title)}">{_safe(title)}</h2>\n{part}</section>'
+            for title, part in parts.items()]  # fmt: skip
+    text = "\n".join([
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Claims · {_safe(p.name)}</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
-        f"<h1>Claims on profile {_safe(p.name)}</h1><p>{_safe(INTRODUCTION)}</p>",
-        _claims_table(collect_claims(p)),
-        f"<p>{_safe(MARKS)}</p><h2>Figures</h2>",
-        *map(_figure, figures),
-        "</body></html>",
-    ]
-    return write_text(folder / "report.html", "\n".join(parts) + "\n")
+        f"<header><h1>Claims on profile {_safe(p.name)}</h1><p>{_safe(INTRODUCTION)}</p></header>",
+        f'<nav aria-label="Sections"><ol>{menu}</ol></nav><main>', *body, "</main></body></html>",
+    ])  # fmt: skip
+    return write_text(folder / "report.html", text + "\n")
 
 
-def _claims_table(rows: list[dict[str, Any]]) -> str:
-    head = "".join(
-        f"<th>{h}</th>" for h in ("", "Claim", "Verdict", "Estimate", "Control", "Prompts × seeds", "Notebook")
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(map(_claim_row, rows))}</tbody></table>"
+def _section(one: Section, folder: Path) -> str:
+    found = [f"<p>{_safe(words)}</p>" for words in one.words]
+    paths = [folder / "figures" / f"{name}.svg" for name in one.figures]
+    found += [_figure(path) for path in paths if path.is_file()]
+    return "\n".join([*found, *map(_table, one.tables)])
 
 
-def _claim_row(row: dict[str, Any]) -> str:
-    control = row["control"]
+def _table(one: Table) -> str:
+    caption = f"<caption>{_safe(one.caption)}</caption>" if one.caption else ""
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in one.rows)
+    return _wide(f"<table>{caption}{_head(one.columns)}<tbody>{rows}</tbody></table>", one.caption or "table")
+
+
+def _cell(words: str) -> str:
+    number = ' class="number"' if _NUMBER.fullmatch(words) else ""
+    return f"<td{number}>{_safe(words)}</td>"
+
+
+def _head(columns: Sequence[str]) -> str:
+    return "<thead><tr>" + "".join(f'<th scope="col">{_safe(name)}</th>' for name in columns) + "</tr></thead>"
+
+
+def _wide(table: str, words: str) -> str:
+    return f'<div class="wide" role="region" tabindex="0" aria-label="{_safe(words)}">{table}</div>'
+
+
+def _claims_table(rows: list[dict[str, Any]], page: Path) -> str:
+    body = "".join(_claim_row(row, page) for row in rows)
+    return _wide(f"<table>{_head(COLUMNS)}<tbody>{body}</tbody></table>", "The claims")
+
+
+def _claim_row(row: dict[str, Any], page: Path) -> str:
+    control, id = row["control"], row["id"]
     cells = [
-        f"<td>{_safe(row['id'])}</td>",
-        f'<td class="claim">{_safe(row["claim"])} [{_safe(CLAIMS[row["id"]].mark)}]</td>',
+        f'<th scope="row" id="{_safe(id)}">{_safe(id)}</th>',
+        f'<td class="claim">{_safe(row["claim"])} [{_safe(CLAIMS[id].mark)}]</td>',
         f'<td class="{_safe(row["verdict"].split()[0])}">{_safe(row["verdict"])}'
         + (f"<small>{_safe(row['reason'])}</small>" if row["reason"] else "") + "</td>",
         f'<td class="number">{_interval(row)}<small>{_safe(row["unit"])}</small></td>',
         f'<td class="number">{_interval(control) if control else ""}'
         + (f"<small>{_safe(control['name'])}</small>" if control else "") + "</td>",
-        f'<td class="number">{row["n_prompts"]} × {row["n_seeds"]}</td><td>{_safe(row["notebook"])}</td>',
+        f'<td class="number">{row["n_prompts"]} × {row["n_seeds"]}</td><td>{claim_link(row, page).html()}</td>',
     ]  # fmt: skip
     return f"<tr>{''.join(cells)}</tr>"
 
@@ -76,11 +117,21 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def _figure(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    words = _safe(path.stem.replace("_", " "))
-    return (
-        f'<figure><img alt="{words}" src="data:image/svg+xml;base64,{data}"><figcaption>{words}</figcaption></figure>'
-    )
+    svg = path.read_text(encoding="utf-8")
+    title, words = (_metadata(svg, tag) for tag in ("title", "description"))
+    name, data = title or path.stem.replace("_", " "), base64.b64encode(svg.encode()).decode()
+    image = f'<img alt="{_safe(words or name)}" src="data:image/svg+xml;base64,{data}">'
+    return f"<figure>{image}<figcaption>{_safe(name)} ({_safe(path.name)})</figcaption></figure>"
+
+
+def _metadata(svg: str, tag: str) -> str:
+    """What a saved figure says of itself in its metadata, as plain text."""
+    found = re.search(rf"<dc:{tag}>(.*?)</dc:{tag}>", svg, re.DOTALL)
+    return html.unescape(found[1]).strip() if found else ""
+
+
+def _id(title: str) -> str:
+    return "s-" + re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def _safe(text: Any) -> str:

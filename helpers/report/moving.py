@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
+from helpers.report import labelled
+
 if TYPE_CHECKING:
     from helpers.report.figures import Drawing
 
@@ -17,7 +19,7 @@ def _whisker(s: dict[str, list], axis: str) -> dict[str, Any]:
 def move(d: "Drawing", colors: tuple[str, ...]) -> go.Figure:
     """Return the plotly figure of a drawing."""
     figure = go.Figure()
-    for i, (name, s) in enumerate(d.series.items()):
+    for i, (name, s) in enumerate(d.series.items() if d.kind != "labelled" else ()):
         color = colors[i % len(colors)]
         places = [d.x_labels[int(x)] for x in s["x"]] if d.kind in ("bars", "forest") else s["x"]
         if d.kind == "lines" and s["low"]:
@@ -57,15 +59,25 @@ def move(d: "Drawing", colors: tuple[str, ...]) -> go.Figure:
         yaxis={**axis, "title": {"text": d.y_title}, **({"range": list(d.y_range)} if d.y_range else {})},
     )  # fmt: skip
     figure.layout.template = None
+    if d.kind == "labelled":
+        labelled.moving(figure, d)
     if d.kind == "heatmap":
         figure.update_xaxes(type="category")
         figure.update_yaxes(type="category")
     if d.kind == "forest":
         figure.update_yaxes(type="category", autorange="reversed")
-        figure.update_layout(scattermode="group")
+        figure.update_layout(scattermode="overlay" if one_each(d) else "group")
     return figure
+
+
+def one_each(d: "Drawing") -> bool:
+    """Whether no two series of a forest share a line, so that none has to step aside."""
+    places = [x for s in d.series.values() for x in s["x"]]
+    return len(places) == len(set(places))
 
 
 def height(d: "Drawing") -> int:
     """Height in pixels: a forest has a line for every name."""
+    if d.kind == "labelled":
+        return labelled.height(d)
     return 400 if d.kind != "forest" else 130 + 26 * len(d.x_labels)

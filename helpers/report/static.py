@@ -9,7 +9,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from helpers.report.moving import height
+from helpers.report import labelled
+from helpers.report.moving import height, one_each
 
 if TYPE_CHECKING:
     from helpers.report.figures import Drawing
@@ -25,18 +26,17 @@ STYLE = {
 }
 
 
-def draw(drawing: "Drawing", colors: tuple[str, ...], salt: str) -> str:
-    """Return the SVG of a drawing; `salt` fixes the ids inside it."""
+def draw(drawing: "Drawing", colors: tuple[str, ...], salt: str, words: str = "") -> str:
+    """Return the SVG of a drawing; `salt` fixes the ids inside it, `words` says in its metadata what it shows."""
     style = {**STYLE, "svg.hashsalt": salt, "axes.prop_cycle": matplotlib.cycler(color=colors)}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         figure = Figure(figsize=(7.2, height(drawing) / 100), layout="constrained")
         axes = figure.subplots()
         {"lines": _lines, "bars": _bars, "scatter": _scatter, "paths": _paths, "heatmap": _heatmap,
-         "forest": _forest}[
-            drawing.kind
-        ](axes, drawing)
-        axes.set(title=textwrap.fill(drawing.title, 84), xlabel=drawing.x_title, ylabel=drawing.y_title)
+         "forest": _forest, "labelled": labelled.still}[drawing.kind](axes, drawing)
+        below = textwrap.fill(drawing.x_title, 44) if drawing.kind == "forest" else drawing.x_title
+        axes.set(title=textwrap.fill(drawing.title, 84), xlabel=below, ylabel=drawing.y_title)
         if drawing.reference:
             value, words = drawing.reference
             line = axes.axvline if drawing.kind == "forest" else axes.axhline
@@ -46,7 +46,8 @@ def draw(drawing: "Drawing", colors: tuple[str, ...], salt: str) -> str:
         if any(drawing.series) or (drawing.reference and drawing.reference[1]):
             figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        said = {key: value for key, value in {"Title": drawing.title, "Description": words}.items() if value}
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, **said})
     text = file.getvalue().replace("font-family: 'DejaVu Sans'", "font-family: 'DejaVu Sans', Verdana, sans-serif")
     text = text.replace("'DejaVu Sans';", "'DejaVu Sans', Verdana, sans-serif;")
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
@@ -79,7 +80,7 @@ def _bars(axes: Axes, d: Any) -> None:
 
 
 def _forest(axes: Axes, d: Any) -> None:
-    step = 0.6 / max(1, len(d.series))
+    step = 0.0 if one_each(d) else 0.6 / max(1, len(d.series))
     for i, (name, s) in enumerate(d.series.items()):
         places = [x + (i - (len(d.series) - 1) / 2) * step for x in s["x"]]
         kwargs: dict[str, Any] = {"fmt": "o", "markersize": 4, "elinewidth": 1, "label": name or None}

@@ -5,30 +5,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from helpers.report.links import Link
+
 
 @dataclass(frozen=True)
 class Table:
-    """Rows ready to show; JupyterLab shows `_repr_html_`, a terminal the text."""
+    """Rows ready to show; JupyterLab shows `_repr_html_`, a terminal the text. Cells are text or a link."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[str | Link, ...], ...]
     caption: str = ""
 
     def _repr_html_(self) -> str:
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         head = "".join(f'<th style="text-align:left">{html.escape(c)}</th>' for c in self.columns)
         body = "".join(
-            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(c)}</td>' for c in row) + "</tr>"
+            "<tr>" + "".join(f'<td style="text-align:left">{_html(c)}</td>' for c in row) + "</tr>"
             for row in self.rows
         )
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def __repr__(self) -> str:
-        widths = [max(len(r[i]) for r in (self.columns, *self.rows)) for i in range(len(self.columns))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in (self.columns, *self.rows)
-        ]
+        rows = [[str(c) for c in row] for row in (self.columns, *self.rows)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self.columns))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([self.caption, *lines] if self.caption else lines)
+
+
+def _html(c: str | Link) -> str:
+    return c.html() if isinstance(c, Link) else html.escape(c)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, caption: str = "") -> Table:
@@ -39,7 +44,11 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = Non
     if not rows and columns is None:
         raise ValueError("A table needs rows, or the names of its columns.")
     names = tuple(columns if columns is not None else rows[0])
-    return Table(names, tuple(tuple(cell(row.get(name, "")) for name in names) for row in rows), caption)
+    return Table(names, tuple(tuple(_cell(row.get(name, "")) for name in names) for row in rows), caption)
+
+
+def _cell(value: Any) -> str | Link:
+    return value if isinstance(value, Link) else cell(value)
 
 
 def cell(value: Any) -> str:
