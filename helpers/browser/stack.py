@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ class Reader:
         """Decoder rows."""
         return self.sae.W_dec
 
+    @cached_property
+    def norms(self) -> Float[Tensor, " d_sae"]:
+        """Length of each decoder row."""
+        return self.W_dec.detach().float().norm(dim=1)
+
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """The latents of each vector in float32, on the SAE's device."""
         x = x.to(self.sae.W_dec)
@@ -61,8 +67,8 @@ def open_stack(
 ) -> tuple[LoadedModel, Stack]:
     """The loaded model and its readers, in the order in which a forward pass meets them.
 
-    `sae` is a sae-lens SAE, the folder or public release of one (as in read_sae), {layer: SAE}, {(site, layer): SAE}, or
-    a stack made before; ValueError when it does not fit the model or two SAEs read the same place.
+    `sae` is a sae-lens SAE, the folder or public release of one (as in read_sae), {layer: SAE}, {(site, layer): SAE},
+    or a stack made before; ValueError when it does not fit the model or two SAEs read the same place.
     """
     lm = model if isinstance(model, LoadedModel) else load_model(model)
     if isinstance(sae, list) and sae and all(isinstance(one, Reader) for one in sae):

@@ -1,8 +1,8 @@
 """What the model does when chosen latents are taken out of what their SAE reads: refusal and truth, against controls.
 
 Ablation subtracts a latent's own contribution f·d from z (or another site) wherever it fires and leaves the rest, and
-the SAE's error, as they are. The control takes out vectors of the same number, at the same tokens and of the same norm, along
-the decoder rows of other, randomly drawn latents. Notebook 04 tells the story.
+the SAE's error, as they are. The control takes out vectors of the same number, at the same tokens and of the same norm,
+along the decoder rows of other, randomly drawn latents. Notebook 04 tells the story.
 """
 
 from __future__ import annotations
