@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -268,6 +269,18 @@ def test_search_on_demand_finds_the_latents_whose_examples_hold_the_text(tiny_ll
                    for doc, *_ in page["examples"])
         ]  # fmt: skip
         assert answer({"id": 1, "kind": "search", "text": needle}, lazy, None)["found"] == wanted
+
+
+def test_a_short_copy_of_a_wide_browser_makes_few_pages_each_once_and_many_at_a_time(tiny_llama):
+    state = gather(tiny_llama, random_sae(tiny_llama, d_sae=3000), PROMPTS, eager=4)
+    asked = []
+    counting = replace(state, make_pages=lambda latents: asked.append(list(latents)) or state.make_pages(latents))
+    short = counting.shortened(60_000)
+    made = [latent for latents in asked for latent in latents]
+    assert len(made) == len(set(made)) < 600 and len(asked) < 10
+    assert {*short.latents["id"]} <= {*made} and len(short.to_json()) <= 60_000 < 1.1 * len(short.to_json())
+    whole = {page["cosine"][0][0] for page in state.make_pages([5, 2999, 17])}
+    assert whole == {state.make_pages([latent])[0]["cosine"][0][0] for latent in (5, 2999, 17)}
 
 
 def test_a_browser_of_pages_on_demand_exports_whole_pages(tiny_llama, tmp_path):

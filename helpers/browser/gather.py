@@ -39,10 +39,10 @@ def gather(
     rows, groups = _rows(prompts)
     parts = [_ids(lm, row) for row in rows]
     ids = [head + answer for head, answer in parts]
-    acts, scores, unexplained = run(lm, stack, ids, [len(head) if answer else 0 for head, answer in parts], batch_size)
+    acts, scores, fits = run(lm, stack, ids, [len(head) if answer else 0 for head, answer in parts], batch_size)
     text_of = token_texts(lm.tokenizer, sorted({token for row in ids for token in row}))
     where = ", ".join(dict.fromkeys(f"{reader.site} of layer {reader.layer}" for reader in stack))
-    explained = ", ".join(f"{max(0, 100 * (1 - share)):.0f} %" for share in unexplained)
+    explained = ", ".join(f"{max(0, 100 * (1 - fit.unexplained)):.0f} %" for fit in fits)
     about = {"model": Path(lm.name).name, "site": where, "latents": acts.shape[1], "tokens": len(acts)}
     return build_state(
         [[text_of[token] for token in row] for row in ids],
@@ -55,7 +55,7 @@ def gather(
         names=names_of(stack),
         title=title,
         meta={**about, "variance explained": explained, **options.pop("meta", {})},
-        warnings=warnings_of(stack, unexplained),
+        warnings=warnings_of(fits),
         **options,
     )
 
