@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -270,12 +271,24 @@ def test_search_on_demand_finds_the_latents_whose_examples_hold_the_text(tiny_ll
         assert answer({"id": 1, "kind": "search", "text": needle}, lazy, None)["found"] == wanted
 
 
+def test_a_short_copy_of_a_wide_browser_makes_few_pages_each_once_and_many_at_a_time(tiny_llama):
+    state = gather(tiny_llama, random_sae(tiny_llama, d_sae=3000), PROMPTS, eager=4)
+    asked = []
+    counting = replace(state, make_pages=lambda latents: asked.append(list(latents)) or state.make_pages(latents))
+    short = counting.shortened(60_000)
+    made = [latent for latents in asked for latent in latents]
+    assert len(made) == len(set(made)) < 600 and len(asked) < 10
+    assert {*short.latents["id"]} <= {*made} and len(short.to_json()) <= 60_000 < 1.1 * len(short.to_json())
+    whole = {page["cosine"][0][0] for page in state.make_pages([5, 2999, 17])}
+    assert whole == {state.make_pages([latent])[0]["cosine"][0][0] for latent in (5, 2999, 17)}
+
+
 def test_a_browser_of_pages_on_demand_exports_whole_pages(tiny_llama, tmp_path):
     view = FeatureBrowser(gather(tiny_llama, random_sae(tiny_llama), PROMPTS, eager=4))
     text = view.export(tmp_path / "a.html").read_text()
     state = json.loads(text.split('id="state">')[1].split("</script>")[0])
     assert len(state["pages"]) == 24 and all(page["examples"] is not None for page in state["pages"])
-    assert "make_page" not in state
+    assert not {"make_pages", "search"} & set(state)
 
 
 # ---- what a page says
@@ -344,7 +357,8 @@ def test_co_activation_is_the_jaccard_index_of_the_tokens_two_latents_fire_on(ti
 def test_the_nearest_directions_are_those_of_largest_cosine_without_the_latent_itself():
     rows = torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
     rows[3] = 0
-    for latent, near in enumerate(nearest(rows, rows, 3)):
+    rows[7] = rows[1]  # a twin is a neighbour
+    for latent, near in enumerate(nearest(rows, rows.norm(dim=1), range(9), 3)):
         cosines = {j: float(torch.cosine_similarity(rows[latent], rows[j], dim=0)) for j in range(9) if j != latent}
         wanted = sorted((v for v in cosines.values() if v > 0), reverse=True)[:3]
         assert [c for _, c in near] == pytest.approx(wanted, abs=1e-5)

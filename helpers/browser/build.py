@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -31,7 +31,7 @@ def build_state(
     score_note: str = "largest activation in the text",
     labels: Mapping[str, Sequence[bool]] | None = None,
     effects: Mapping[str, Any] | None = None,
-    promoted: Sequence[Mapping[str, Any]] | None = None,
+    promoted: Sequence[Mapping[str, Any]] | Callable[[Sequence[int]], Sequence[Mapping[str, Any]]] | None = None,
     names: Sequence[str] | None = None,
     title: str = "Feature browser",
     meta: Mapping[str, Any] | None = None,
@@ -46,8 +46,9 @@ def build_state(
     `activations` stacks the rows' tokens in order. A latent has a contrast when its AUROC interval lies above
     `threshold`, or, given `labels[contrast name]`, when that says so. `effects` {name: value per latent} are further
     axes of the scatter. `n_examples` are kept per latent and group, each `window` tokens wide. `names` are shown
-    instead of the latents' numbers; `promoted[latent]` holds what `Pages` takes from it. Above `eager` latents pages
-    are made on demand. Raises ValueError when the pieces do not fit each other. Story: notebook 05.
+    instead of the latents' numbers; `promoted`, one mapping per latent or a function from latents to theirs, holds what
+    `Pages` takes from it. Above `eager` latents pages are made on demand. Raises ValueError when the pieces do not fit
+    each other. Story: notebook 05.
     """
     rows = _check(tokens, groups, activations, contrasts, scores, names)
     acts = activations.detach().to("cpu", torch.float32).numpy()
@@ -56,12 +57,13 @@ def build_state(
     of_row = np.array([present.index(g) for g in groups])
     judged = None if scores is None else scores.detach().to("cpu", torch.float32).numpy()
     vocab = Vocabulary()
-    pages = Pages(acts, rows, tokens, of_row, judged, vocab, promoted, n_examples=n_examples, window=window)
+    described = promoted if promoted is None or callable(promoted) else lambda latents: [promoted[i] for i in latents]
+    pages = Pages(acts, rows, tokens, of_row, judged, vocab, described, n_examples=n_examples, window=window)
     latents = _columns(acts, pages, present, contrasts, threshold, labels)
     latents["name"] = [clip(n, TOKEN_LIMIT) for n in (range(width) if names is None else names)]
     latents["effect"] = [_effect(name, values, width) for name, values in (effects or {}).items()]
     tops, lazy = pages.tops(), width > eager
-    made = [None] * width if lazy else [pages.page(i) for i in range(width)]
+    made = [None] * width if lazy else pages.pages(range(width))
     silent = ["No latent is active on these prompts; give other prompts, or an SAE that was trained on this model."]
     return BrowserState(
         title=clip(title, TEXT_LIMIT),
@@ -78,7 +80,7 @@ def build_state(
         tops=tops,
         effects=[clip(name, TEXT_LIMIT) for name in effects or {}],
         warnings=[clip(w, TEXT_LIMIT) for w in warnings] + ([] if (acts != 0).any() else silent),
-        make_page=pages.page if lazy else None,
+        make_pages=pages.pages if lazy else None,
         search=pages.search if lazy else None,
     )
 

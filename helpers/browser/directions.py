@@ -2,66 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.browser.stack import Stack, reader_of
+from helpers.browser.stack import Reader, Stack, reader_of
 from helpers.browser.tokens import token_texts
 from helpers.models import LoadedModel, norm_gain
 from helpers.sae.directions import head_shares
 
 N_NEAR = 5
+BLOCK = 256  # latents compared with all others at a time
 
 
-class Directions(Sequence):
-    """Per latent of a stack {"promoted", "suppressed", "cosine", "heads"}, worked out in blocks of `block` when asked.
+class Directions:
+    """Called with latents of a stack: per latent {"promoted", "suppressed", "cosine", "heads"}, many at a time.
 
-    Cosines are taken within one SAE only: rows of different layers live in different spaces. Story: notebook 05.
+    Cosines are taken within one SAE only: rows of different places live in different spaces. Story: notebook 05.
     """
 
-    def __init__(self, lm: LoadedModel, stack: Stack, *, n_moved: int = 6, block: int = 1024) -> None:
-        self.lm, self.stack, self.n_moved, self.block = lm, stack, n_moved, block
-        self._known: tuple[int, int, list[dict]] = (0, 0, [])
+    def __init__(self, lm: LoadedModel, stack: Stack, *, n_moved: int = 6) -> None:
+        self.lm, self.stack, self.n_moved = lm, stack, n_moved
 
-    def __len__(self) -> int:
-        return sum(reader.W_dec.shape[0] for reader in self.stack)
+    def __call__(self, latents: Sequence[int]) -> list[dict[str, Any]]:
+        """One dictionary per latent, in the order asked for; ValueError for a latent that does not exist."""
+        places: dict[int, tuple[Reader, list[int]]] = {}
+        for latent in latents:
+            reader, first = reader_of(self.stack, latent)
+            places.setdefault(first, (reader, []))[1].append(latent - first)
+        found: dict[int, dict] = {}
+        for first, (reader, numbers) in places.items():
+            for start in range(0, len(numbers), BLOCK):
+                block = numbers[start : start + BLOCK]
+                found |= zip([first + i for i in block], self._of(reader, first, block), strict=True)
+        return [found[latent] for latent in latents]
 
-    def __getitem__(self, latent: int) -> Mapping[str, Any]:
-        if not 0 <= latent < len(self):
-            raise IndexError(latent)
-        start, stop, found = self._known
-        if not start <= latent < stop:
-            start, stop, found = self._known = self._work_out(latent)
-        return found[latent - start]
-
-    def _work_out(self, latent: int) -> tuple[int, int, list[dict]]:
-        reader, first = reader_of(self.stack, latent)
-        low = (latent - first) // self.block * self.block
-        rows = reader.W_dec[low : low + self.block]
+    def _of(self, reader: Reader, first: int, numbers: list[int]) -> list[dict]:
+        rows = reader.W_dec[numbers]
         moved = moved_tokens(self.lm, rows, reader.site, reader.layer, self.n_moved)
-        near = nearest(rows, reader.W_dec, N_NEAR)
+        near = nearest(reader.W_dec, reader.norms, numbers, N_NEAR)
         heads = head_shares(rows, self.lm.arch.n_heads).tolist() if reader.site == "z" else [[]] * len(rows)
-        found = [
+        return [
             {**moved[i], "cosine": [(first + j, c) for j, c in near[i]], "heads": heads[i]} for i in range(len(rows))
         ]
-        return first + low, first + low + len(rows), found
 
 
 @torch.no_grad()
 def nearest(
-    rows: Float[Tensor, "n d_in"], w_dec: Float[Tensor, "d_sae d_in"], k: int
+    w_dec: Float[Tensor, "d_sae d_in"], norms: Float[Tensor, " d_sae"], latents: Sequence[int], k: int
 ) -> list[list[tuple[int, float]]]:
-    """Per row the `k` decoder rows of largest cosine and those cosines, itself left out; zero rows have none."""
-    mine, others = (torch.nn.functional.normalize(w.detach().float(), dim=-1) for w in (rows, w_dec))
-    top = (mine @ others.T).topk(min(k + 1, len(others)))
-    same = [(w_dec.detach() == row).all(-1).nonzero()[:1, 0].tolist() for row in rows.detach()]
+    """Per latent the `k` other decoder rows of largest positive cosine, and those cosines; zero rows have none.
+
+    `norms` are the rows' lengths.
+    """
+    rows = w_dec.detach().float()
+    cosines = rows[latents] @ rows.T
+    cosines /= (norms * norms[latents][:, None]).clamp_min(1e-24)
+    cosines[range(len(latents)), latents] = 0
+    top = cosines.topk(min(k, len(rows)))
     return [
-        [(j, c) for j, c in zip(js, cs, strict=True) if [j] != own and c > 0][:k]
-        for js, cs, own in zip(top.indices.tolist(), top.values.tolist(), same, strict=True)
+        [(j, c) for j, c in zip(js, cs, strict=True) if c > 0]
+        for js, cs in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.browser.build import EAGER, build_state
+from helpers.browser.build import build_state
 from helpers.browser.directions import Directions
 from helpers.browser.stack import names_of, open_stack, run, warnings_of
 from helpers.browser.state import BrowserState, Contrast
@@ -39,12 +39,11 @@ def gather(
     rows, groups = _rows(prompts)
     parts = [_ids(lm, row) for row in rows]
     ids = [head + answer for head, answer in parts]
-    acts, scores, unexplained = run(lm, stack, ids, [len(head) if answer else 0 for head, answer in parts], batch_size)
+    acts, scores, fits = run(lm, stack, ids, [len(head) if answer else 0 for head, answer in parts], batch_size)
     text_of = token_texts(lm.tokenizer, sorted({token for row in ids for token in row}))
     where = ", ".join(dict.fromkeys(f"{reader.site} of layer {reader.layer}" for reader in stack))
-    explained = ", ".join(f"{max(0, 100 * (1 - share)):.0f} %" for share in unexplained)
+    explained = ", ".join(f"{max(0, 100 * (1 - fit.unexplained)):.0f} %" for fit in fits)
     about = {"model": Path(lm.name).name, "site": where, "latents": acts.shape[1], "tokens": len(acts)}
-    block = 1024 if acts.shape[1] <= options.get("eager", EAGER) else 1
     return build_state(
         [[text_of[token] for token in row] for row in ids],
         groups,
@@ -52,11 +51,11 @@ def gather(
         contrasts=_contrasts(contrasts, list(dict.fromkeys(groups))),
         scores=scores,
         score_note="largest activation in the answer (in the prompt, where none was given)",
-        promoted=Directions(lm, stack, n_moved=n_moved, block=block),
+        promoted=Directions(lm, stack, n_moved=n_moved),
         names=names_of(stack),
         title=title,
         meta={**about, "variance explained": explained, **options.pop("meta", {})},
-        warnings=warnings_of(stack, unexplained),
+        warnings=warnings_of(fits),
         **options,
     )
 

@@ -5,6 +5,13 @@ import { pairArea } from "./statistics.js";
 import { haystack, kindOf, peakTokens, remembered } from "./latents.js";
 
 const ROW = 30; // pixels per list row
+const LONGEST = 14; // characters of a name that the list makes room for
+
+/** A latent's name as the list shows it: with several sites, the site stands small below layer and number. */
+function placeName(name) {
+  const [, site, number] = /^([a-z_]+)\.(\d+\.\d+)$/.exec(name) || [];
+  return site ? { site, number, length: Math.max(number.length, 0.8 * site.length) } : { number: name, length: name.length };
+}
 
 /** The list; returns { node, find, refresh, draw, reveal, focus, destroy }. `hub.view` holds sort, text and kind. */
 export function latentList(hub, allKinds) {
@@ -16,6 +23,8 @@ export function latentList(hub, allKinds) {
   const canvas = h("div", { class: "fb-canvas", role: "rowgroup" });
   const list = h("div", { class: "fb-list", role: "grid", tabindex: 0, "aria-label": "Latents",
     "aria-describedby": `${id}-help` }, h("div", { role: "rowgroup", class: "fb-headgroup" }, head), canvas);
+  const longest = latents.name.reduce((most, name) => Math.max(most, placeName(name).length), 0);
+  list.style.setProperty("--fb-id", `${18 + 7.5 * Math.min(longest, LONGEST)}px`);
   let columns = [];
 
   function buildColumns() {
@@ -92,8 +101,9 @@ export function latentList(hub, allKinds) {
     const cells = columns.map((column) => {
       const cell = h("div", { role: "gridcell", class: `fb-cell fb-${column.key.replace(/\d+$/, "")}` });
       if (column.key === "id") {
+        const { site, number: shown } = placeName(latents.name[latent]);
         cell.append(h("span", { class: `fb-dot fb-kind-${kindOf(state, latent)?.key ?? "all"}` }),
-          h("bdi", {}, ...running(latents.name[latent])));
+          h("span", { class: "fb-place" }, h("bdi", {}, ...running(shown)), site ? h("span", { class: "fb-faint" }, site) : null));
       } else if (column.key === "name") {
         if (names(latent).length === 0) cell.append(h("span", { class: "fb-faint" }, "never active"));
         names(latent).forEach((text) => cell.append(h("bdi", { class: "fb-chip" }, ...visible(text))));

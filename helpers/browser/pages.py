@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,13 @@ N_NEAR = 5
 
 
 class Pages:
-    """Pages made one by one, so that a dictionary of any width can be looked at; `docs` are all rows, in order.
+    """Pages made when asked for, so that a dictionary of any width can be looked at; `docs` are all rows, in order.
 
     A page holds `examples` [[doc, start, stop, peak position, [position, value, ...]], ...], `quantiles` [[q,
     example], ...], `histogram` [lowest, highest, [[silent, bin, ...] per group]] of what the AUROC is taken of
     (`judged`, else the peaks),
-    `together` [[latent, Jaccard index of the tokens they fire on], ...] and what `described` says: `promoted`,
-    `suppressed`, `cosine`, `heads`. Story: notebook 05.
+    `together` [[latent, Jaccard index of the tokens they fire on], ...] and what `described` says of the latents
+    asked for: `promoted`, `suppressed`, `cosine`, `heads`. Story: notebook 05.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Pages:
         of_row: Int[np.ndarray, " rows"],
         judged: Float[np.ndarray, "rows d"] | None,
         vocab: Vocabulary,
-        described: Sequence[Mapping[str, Any]] | None,
+        described: Callable[[Sequence[int]], Sequence[Mapping[str, Any]]] | None,
         *,
         n_examples: int,
         window: int,
@@ -56,8 +56,12 @@ class Pages:
             top.append(members[np.argsort(-sizes[members], axis=0, kind="stable")[:n_examples]])
         self.best = np.concatenate(top)  # [examples, d] row numbers
 
-    def page(self, latent: int) -> dict[str, Any]:
-        """The page of one latent."""
+    def pages(self, latents: Sequence[int]) -> list[dict[str, Any]]:
+        """The pages of these latents."""
+        given = [{}] * len(latents) if self.described is None else self.described(latents)
+        return [self._page(latent, about) for latent, about in zip(latents, given, strict=True)]
+
+    def _page(self, latent: int, given: Mapping[str, Any]) -> dict[str, Any]:
         strength = np.abs(self.peaks[:, latent])
         rows = sorted(self.best[:, latent].tolist(), key=lambda row: -strength[row])
         page = {
@@ -66,7 +70,6 @@ class Pages:
             "histogram": self._histogram(latent),
             "together": self._together(latent),
         }
-        given = {} if self.described is None else self.described[latent]
         for key in MOVED:
             page[key] = [[self.vocab.index(text), short(value)] for text, value in given.get(key, ())]
         page["cosine"] = [[int(i), short(value)] for i, value in given.get("cosine", ())]
@@ -122,8 +125,10 @@ class Pages:
         both = self._fires[mine].sum(axis=0)
         jaccard = both / np.maximum(self._n_fires + self._n_fires[latent] - both, 1)
         jaccard[latent] = 0
-        order = np.argsort(-jaccard, kind="stable")[:N_NEAR]
-        return [[int(i), short(jaccard[i])] for i in order if jaccard[i] > 0]
+        least = np.partition(jaccard, -min(N_NEAR, len(jaccard)))[-min(N_NEAR, len(jaccard))]
+        near = np.flatnonzero((jaccard >= least) & (jaccard > 0))
+        near = near[np.argsort(-jaccard[near], kind="stable")][:N_NEAR]
+        return [[int(i), short(jaccard[i])] for i in near]
 
 
 def row_peaks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from torch import Tensor
 from helpers.generation import batches, check_lengths, pad_right
 from helpers.hooks import capture
 from helpers.models import LoadedModel, load_model
+from helpers.sae.learned import UNTRAINED, left_beside_random
 from helpers.sae.loading import find_site, read_sae
 from helpers.sites import SITES, check_site, site_width
 
 MAX_BYTES = 4 << 30  # of activations in memory at once
-UNTRAINED = 0.6  # of the variance left unexplained; an untrained dictionary of equal L0 leaves about two thirds [own]
+SAMPLE = 1024  # tokens on which an SAE is held against random directions
 
 
 class Reader:
@@ -42,15 +44,20 @@ class Reader:
         """Decoder rows."""
         return self.sae.W_dec
 
+    @cached_property
+    def norms(self) -> Float[Tensor, " d_sae"]:
+        """Length of each decoder row."""
+        return self.W_dec.detach().float().norm(dim=1)
+
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """The latents of each vector in float32, on the SAE's device."""
         x = x.to(self.sae.W_dec)
         return self.sae.encode(x.unflatten(-1, (self.arch.n_heads, self.arch.d_head)) if self.by_head else x).float()
 
-    def error(self, x: Float[Tensor, "n d_in"], f: Float[Tensor, "n d_sae"]) -> float:
-        """Summed squared error of the reconstruction; encode x first (some SAEs normalise by their last input)."""
-        again = self.sae.decode(f.to(self.sae.W_dec)).reshape(x.shape)
-        return (x.to(again) - again).float().square().sum().item()
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """The reconstruction; encode its vectors first (some SAEs normalise by their last input)."""
+        again = self.sae.decode(feature_acts.to(self.sae.W_dec))
+        return again.flatten(-2) if self.by_head else again
 
 
 Stack = Sequence[Reader]
@@ -109,8 +116,8 @@ def names_of(stack: Stack) -> list[str] | None:
 @torch.inference_mode()
 def run(
     lm: LoadedModel, stack: Stack, ids: Sequence[Sequence[int]], judged_from: Sequence[int], batch_size: int = 32
-) -> tuple[Float[Tensor, "n_tokens d"], Float[Tensor, "rows d"], list[float]]:
-    """Latents of every token, each row's largest from token `judged_from[row]` on, and each SAE's unexplained variance.
+) -> tuple[Float[Tensor, "n_tokens d"], Float[Tensor, "rows d"], list[Fit]]:
+    """Latents of every token, each row's largest from token `judged_from[row]` on, and how well each SAE fits.
 
     The first token (bos) counts as silent: attention has nothing to look back to there. ValueError for a row beyond the
     context, or more activations than fit into memory.
@@ -128,7 +135,7 @@ def run(
     sites: dict[str, list[int]] = {}
     for reader in stack:
         sites.setdefault(reader.site, []).append(reader.layer)
-    spread = [_Spread() for _ in stack]
+    fits = [Fit(reader, share=SAMPLE / n_tokens) for reader in stack]
     for rows in batches([len(row) for row in ids], batch_size):
         padded, mask = pad_right([list(ids[i]) for i in rows], lm.pad_id)
         with capture(lm.model, sites, stop=True) as cache:
@@ -136,10 +143,10 @@ def run(
         real, end = mask.to(arch.device), 0
         later = torch.arange(padded.shape[1], device=arch.device).expand_as(real)[real] > 0
         parts = []
-        for reader, seen in zip(stack, spread, strict=True):
+        for reader, fit in zip(stack, fits, strict=True):
             x = cache[reader.site, reader.layer][real]
             parts.append(reader.encode(x))
-            seen.add(x[later], reader)
+            fit.add(x[later])
         features = torch.cat([part.cpu() for part in parts], dim=-1)
         for i in rows:
             start, end = end, end + len(ids[i])
@@ -148,36 +155,52 @@ def run(
             acts[starts[i] : starts[i + 1]] = features[start:end]
             judged = features[start + judged_from[i] : end]
             scores[i] = judged.gather(0, judged.abs().argmax(0)[None])[0]
-    return acts, scores, [seen.unexplained for seen in spread]
+    return acts, scores, fits
 
 
-class _Spread:
-    """Sums over batches for the share of variance that an SAE leaves unexplained."""
+class Fit:
+    """How well an SAE fits the tokens it is given, batch by batch; a random `share` of them is kept for `learned`."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: Reader, share: float = 1.0) -> None:
+        self.reader, self.share = reader, share
         self.n, self.total, self.squares, self.error = 0, 0.0, 0.0, 0.0
+        self._sample: list[Tensor] = []
+        self._chance = torch.Generator().manual_seed(0)
 
-    def add(self, x: Float[Tensor, "n d"], reader: Reader) -> None:
+    def add(self, x: Float[Tensor, "n d"]) -> None:
+        """Take in the vectors of more tokens."""
+        if not len(x):
+            return
         wide = x.float().cpu().double()
         self.n += len(x)
         self.total = self.total + wide.sum(0)
         self.squares += wide.square().sum().item()
-        if len(x):
-            self.error += reader.error(x, reader.encode(x))
+        again = self.reader.decode(self.reader.encode(x))
+        self.error += (x.to(again) - again).float().square().sum().item()
+        kept = torch.rand(len(x), generator=self._chance) < self.share
+        self._sample.append(x[kept.to(x.device)].to(again.device).float())
 
     @property
     def unexplained(self) -> float:
+        """Share of the variance that the reconstruction leaves."""
         if not self.n:
             return float("nan")
         variance = self.squares - (self.total.square().sum() / self.n).item()
         return self.error / variance if variance > 0 else float("nan")
 
+    @property
+    def beside_random(self) -> float:
+        """What it leaves of the kept tokens' variance, over what random directions leave (learned.py)."""
+        sample = torch.cat(self._sample) if self._sample else torch.empty(0)
+        return left_beside_random(self.reader, sample) if len(sample) else float("nan")
 
-def warnings_of(stack: Stack, unexplained: Sequence[float]) -> list[str]:
-    """One sentence for each SAE that explains so little of these texts that it looks untrained."""
+
+def warnings_of(fits: Sequence[Fit]) -> list[str]:
+    """One sentence for each SAE that explains hardly more of these texts than random directions do."""
     return [
-        f"The SAE of {reader.site} at layer {reader.layer} looks untrained, or trained on another model: it "
-        f"explains {max(0, 100 * (1 - share)):.0f} % of the variance of these prompts; read nothing into its latents."
-        for reader, share in zip(stack, unexplained, strict=True)
-        if share > UNTRAINED
+        f"The SAE of {fit.reader.site} at layer {fit.reader.layer} looks untrained, or trained on another model or "
+        f"place: it explains {max(0, 100 * (1 - fit.unexplained)):.0f} % of the variance of these prompts, hardly more "
+        "than random directions; read nothing into its latents."
+        for fit in fits
+        if fit.beside_random > UNTRAINED
     ]

@@ -8,7 +8,7 @@ and an exported file all read the same object. `build.py` makes one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 TOKEN_LIMIT = 80  # characters of one token that are kept; a longer one says how long it was
 TEXT_LIMIT = 300  # characters of a title, a group name or a meta entry
+CHUNK = 64  # pages made at a time for a shortened state
 DEAD = -1
 REFERENCES = ("cosine", "together")  # lists of a page that point at other latents
 MOVED = ("promoted", "suppressed")  # lists of a page that point at tokens
@@ -42,19 +43,19 @@ class BrowserState:
     vocab: list[str]
     docs: list[dict[str, Any]]  # {"group": index, "tokens": [vocab index]}
     latents: dict[str, list]  # columns; per contrast, group, pair of groups or effect where nested
-    pages: list[dict[str, Any] | None]  # see `pages.py`; None where `make_page` makes it on demand
+    pages: list[dict[str, Any] | None]  # see `pages.py`; None where `make_pages` makes it on demand
     n_total: int = 0  # latents of the dictionary; more than len(pages) in a shortened state
     notes: list[str] = field(default_factory=list)
     tops: list[list[int]] = field(default_factory=list)  # per latent the vocab indices it peaks on most often
     effects: list[str] = field(default_factory=list)  # names of the columns in latents["effect"]
     warnings: list[str] = field(default_factory=list)  # what makes the latents doubtful, one sentence each
     dense: float = 0.1  # a latent active on a larger share of tokens is called dense
-    make_page: Callable[[int], dict] | None = field(default=None, repr=False, compare=False)
+    make_pages: Callable[[Sequence[int]], list[dict]] | None = field(default=None, repr=False, compare=False)
     search: Callable[[str], list[int]] | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> str:
         """The state as compact JSON text (ASCII, no NaN)."""
-        shown = {key: value for key, value in vars(self).items() if key not in ("make_page", "search")}
+        shown = {key: value for key, value in vars(self).items() if key not in ("make_pages", "search")}
         return json.dumps(shown, separators=(",", ":"), allow_nan=False)
 
     @classmethod
@@ -70,7 +71,7 @@ class BrowserState:
     def page(self, latent: int) -> dict[str, Any]:
         """The page of the latent at a place, made now if it was not made before."""
         page = self.pages[latent]
-        return self.make_page(latent) if page is None and self.make_page else page
+        return self.make_pages([latent])[0] if page is None and self.make_pages else page
 
     def ranked(self) -> list[int]:
         """Places of the latents from the most to the least telling: alive, then AUROC far from chance, then large."""
@@ -86,26 +87,30 @@ class BrowserState:
 
     def shortened(self, max_bytes: int) -> BrowserState:
         """The most telling latents with fewer examples, so that the JSON is at most `max_bytes` (notebook 05)."""
-        if self.make_page is None and len(self.to_json()) <= max_bytes:
+        if self.make_pages is None and len(self.to_json()) <= max_bytes:
             return self
-        order = self.ranked()
-        sizes, room = [], max_bytes
-        for i in order:  # the pages alone would fill the room
-            if room < 0:
-                break
-            sizes.append(len(json.dumps({**(page := self.page(i)), "examples": page["examples"][:1], "quantiles": []})))
-            room -= sizes[-1]
-        most = len(sizes)
+        order, room, most = self.ranked(), max_bytes, 0
+        pages = [None] * len(self.pages)
+        while room >= 0 and most < len(order):  # the pages alone would fill the room
+            for i in (chunk := order[most : most + CHUNK]):
+                pages[i] = self.pages[i]
+            if self.make_pages and (missing := [i for i in chunk if pages[i] is None]):
+                for i, page in zip(missing, self.make_pages(missing), strict=True):
+                    pages[i] = page
+            room -= sum(len(json.dumps({**pages[i], "examples": pages[i]["examples"][:1], "quantiles": []}))
+                        for i in chunk)  # fmt: skip
+            most += len(chunk)
+        whole = replace(self, pages=pages)
         for examples in (None, 6, 3, 1):
-            state, low, high = None, 0, most
+            enough = len(order) if examples is None else min(8, len(order))
+            state, low, high = None, 0, most if most >= enough else 0
             while low < high:  # the largest number of latents that fits
                 keep = (low + high + 1) // 2
-                smaller = _subset(self, sorted(order[:keep]), examples)
+                smaller = _subset(whole, sorted(order[:keep]), examples)
                 if len(smaller.to_json()) <= max_bytes:
                     state, low = smaller, keep
                 else:
                     high = keep - 1
-            enough = len(order) if examples is None else min(8, len(order))
             if state is not None and low >= enough:
                 return state
         raise ValueError(f"A browser state of 8 latents does not fit into {max_bytes} bytes; allow more.")
@@ -152,7 +157,7 @@ def _subset(state: BrowserState, keep: list[int], n_examples: int | None) -> Bro
         return [doc_of[doc], *rest]
 
     for latent in keep:
-        page = state.page(latent)
+        page = state.pages[latent]
         fewer = [] if n_examples is not None else [[q, renumber(example)] for q, example in page["quantiles"]]
         moved = {k: [[vocab.index(state.vocab[t]), v] for t, v in page[k]] for k in MOVED}
         near = {k: [pair for pair in page[k] if pair[0] in kept] for k in REFERENCES}
@@ -168,5 +173,5 @@ def _subset(state: BrowserState, keep: list[int], n_examples: int | None) -> Bro
     }
     tops = [[vocab.index(state.vocab[t]) for t in state.tops[i]] for i in keep]
     return replace(
-        state, docs=docs, vocab=vocab.texts, latents=columns, pages=pages, tops=tops, make_page=None, search=None
+        state, docs=docs, vocab=vocab.texts, latents=columns, pages=pages, tops=tops, make_pages=None, search=None
     )

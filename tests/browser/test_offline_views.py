@@ -261,3 +261,21 @@ def test_every_control_has_a_name(open_page, planted):
         .map((n) => n.outerHTML)"""
     )
     assert nameless == []
+
+
+def test_names_of_several_sites_stand_whole_in_the_list_with_the_site_below(open_page, tmp_path):
+    names = [f"{site}.12.{i}" for site in ("resid_post", "z", "neurons") for i in range(32_700, 32_720)]
+    page = open_page(export_html(planted_state(60, names=names), tmp_path / "sites.html").as_uri()).page
+    page.get_by_role("button", name="#").click()
+    cells = page.locator(".fb-canvas .fb-id")
+    assert cells.first.inner_text().split() == ["12.32700", "resid_post"]
+    for part in (".fb-id bdi", ".fb-id .fb-faint"):
+        every = f"[...document.querySelectorAll('.fb-canvas {part}')]"
+        cut = page.evaluate(f"{every}.filter((node) => node.scrollWidth > node.clientWidth + 1).length")
+        assert page.locator(f".fb-canvas {part}").count() > 5 and cut == 0
+    inside = "[...document.querySelectorAll('.fb-canvas .fb-id')].every(n => n.scrollWidth <= n.clientWidth)"
+    assert page.evaluate(inside)
+    page.get_by_role("searchbox").fill("neurons.12.32703")
+    assert heading(page) == "Latent neurons.12.32703"
+    page.get_by_role("searchbox").fill("")
+    assert page.locator(".fb-canvas .fb-row").count() > 5

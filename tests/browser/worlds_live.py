@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from helpers.browser import FeatureBrowser, browse
@@ -38,6 +38,30 @@ def live_view(**options: Any) -> FeatureBrowser:
     lm = load_model(str(MODEL), device="cpu", dtype="float32")
     chosen = {"paint": [i in CHOSEN for i in range(WIDTH)]}
     return browse(lm, random_sae(lm), PROMPTS, title="Live", labels=chosen, **options)
+
+
+WIDE = 65_536
+THINGS = {
+    "paint": "fence door wall house chair table bench shed".split(),
+    "fold": "shirt towel paper letter map sheet tent scarf".split(),
+}
+
+
+def wide_sae(lm: LoadedModel, width: int = WIDE, layer: int = 3) -> JumpReLUSAE:
+    """An SAE of as many random unit directions on the residual stream; a latent fires where its cosine is large."""
+    metadata = SAEMetadata(hook_name=f"blocks.{layer}.hook_resid_post")
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=lm.arch.d_model, d_sae=width, metadata=metadata)).requires_grad_(False)
+    rows = torch.randn(width, lm.arch.d_model, generator=torch.Generator().manual_seed(0))
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    sae.W_dec.copy_(rows), sae.W_enc.copy_(rows.T), sae.b_enc.zero_(), sae.threshold.fill_(3.0)
+    return sae
+
+
+def wide_view(width: int = WIDE) -> FeatureBrowser:
+    """The embedded chat model with an SAE of 65,536 latents on its residual stream."""
+    lm = load_model(str(MODEL), device="cpu", dtype="float32")
+    prompts = {verb: [f"How do I {verb} a {thing}?" for thing in things] for verb, things in THINGS.items()}
+    return browse(lm, wide_sae(lm, width), prompts, title="Wide")
 
 
 def hostile_judge(prompt: str, completion: Any) -> str:
