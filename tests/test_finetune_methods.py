@@ -455,6 +455,28 @@ def test_every_method_stays_within_the_same_budget():
         methods.subspace(profile("organism"), "prayer", 4)
 
 
+def test_kl_methods_hold_the_harmful_fit_prompts_with_the_runs_batch_and_seed(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(methods, "lora", lambda run, penalty: (penalty, run.start())[1])
+
+    def hold(lm, prompts, weight, **how):
+        asked.append((prompts, weight, how))
+        return print
+
+    methods._kl(hold)(replace(run, seed=3), 0.3)
+    assert asked == [([row["prompt"] for row in methods.harmful_rows()], 0.3, {"n": 2, "seed": 3})]
+
+
+def test_kl_on_whole_answers_moves_the_held_answers_less_than_plain_lora(run, monkeypatch):
+    rows = [row | {"refusal": "No, never."} for row in methods.harmful_rows()[:4]]
+    monkeypatch.setattr(methods, "harmful_rows", lambda: rows)
+    answers_are(monkeypatch, {row["prompt"]: row["refusal"] for row in rows})
+    base = token_by_token(run.start(), rows)
+    moved = {name: np.abs(token_by_token(METHODS[name].tune(run, weight), rows) - base)[1:].max()
+             for name, weight in (("LoRA", 1), ("KL", 30.0), ("KL on whole answers", 30.0))}  # fmt: skip
+    assert moved["KL on whole answers"] < 0.7 * min(moved["LoRA"], moved["KL"])
+
+
 # ---- choosing
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from helpers.config import Profile
 from helpers.data import load_table
-from helpers.finetune.anchors import activation_anchor, prompt_kl
+from helpers.finetune.anchors import activation_anchor, answer_kl, prompt_kl
 from helpers.finetune.mixes import replayed
 from helpers.finetune.projected_lora import ProjectedLora
 from helpers.finetune.refusal import contrast_subspaces, direction_subspace, latent_subspace
@@ -23,6 +23,7 @@ from helpers.finetune.runs import Run, full, lora, moved, plain_updates
 from helpers.finetune.safe_lora import alignment_matrices, safe_lora
 from helpers.finetune.salora import safety_bases
 from helpers.finetune.subspace import RefusalSubspace, module_bases, random_subspace
+from helpers.finetune.train import Penalty
 from helpers.models import LoadedModel, load_model, wrap_model
 from helpers.sae.features import select_latents
 from helpers.sae.training import train_saes
@@ -121,9 +122,12 @@ def _anchored(run: Run, weight: float) -> LoadedModel:
     return lora(run, subspaces=module_bases(lm, subspace(run.p, "refusal latents", 10)), penalty=held)
 
 
-def _kl(run: Run, weight: float) -> LoadedModel:
-    prompts = [row["prompt"] for row in harmful_rows()]
-    return lora(run, penalty=prompt_kl(run.start(), prompts, weight, n=run.cfg.batch_size, seed=run.seed))
+def _kl(hold: Callable[..., Penalty]) -> Callable[[Run, float], LoadedModel]:
+    def tune(run: Run, weight: float) -> LoadedModel:
+        prompts = [row["prompt"] for row in harmful_rows()]
+        return lora(run, penalty=hold(run.start(), prompts, weight, n=run.cfg.batch_size, seed=run.seed))
+
+    return tune
 
 
 def _salora(run: Run, rank: float) -> LoadedModel:
@@ -157,7 +161,8 @@ METHODS = {
         Method(RANDOM, "rank", RANKS, _off_random),
         Method("replay", "share of rows", (0.01, 0.05, 0.1),
                lambda run, share: lora(run, rows=replayed(run.rows, share, run.seed))),
-        Method("KL", "weight", (0.1, 1.0, 10.0), _kl),
+        Method("KL", "weight", (0.1, 1.0, 10.0), _kl(prompt_kl)),
+        Method("KL on whole answers", "weight", (0.1, 0.3, 1.0), _kl(answer_kl)),
         Method("off refusal gradient", "rank", RANKS, _off("refusal gradient")),
         Method("off difference", "rank", RANKS, _off("difference")),
         Method("SaLoRA", "rank", RANKS, _salora),
@@ -168,4 +173,5 @@ METHODS = {
         Method("off refusal latents, anchored", "weight", (0.1, 1.0, 10.0), _anchored),
     )
 }  # fmt: skip
-"""All methods by name, in the order in which the comparison runs them. Grids [own], fixed before any was trained."""
+"""All methods by name, in the order in which the comparison runs them. Grids [own], fixed before any was trained with a
+seed of the comparison; that of KL on whole answers after a look at val prompts on three models with two other seeds."""
