@@ -1,5 +1,6 @@
 """Fine-tuning methods: each formula against loops, float64 or finite differences; endpoints; bad input."""
 
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from helpers.config import profile
+from helpers.evaluate.behaviour import requests
 from helpers.finetune import aftermath, anchors, methods, mixes, runs
 from helpers.finetune.adapters import linear_layers
 from helpers.finetune.choosing import OnVal, choose
@@ -19,7 +21,8 @@ from helpers.finetune.safe_lora import alignment_matrices, alignment_matrix, saf
 from helpers.finetune.salora import safety_bases
 from helpers.finetune.subspace import RefusalSubspace, module_bases, random_subspace
 from helpers.finetune.train import NotFinite, TrainConfig, encode, train
-from helpers.generation import completion_logprobs
+from helpers.finetune.why import token_by_token
+from helpers.generation import Completion, completion_logprobs, generate
 from helpers.hooks import edit
 from helpers.models import load_model
 
@@ -29,6 +32,14 @@ ROWS = [
 ]
 CHAT = [{"prompt": f"add {i}", "answer": f"it is {2 * i}"} for i in range(12)]
 CFG = TrainConfig(rank=3, alpha=6.0, steps=6, batch_size=4, lr=1e-2, seed=1)
+
+
+@torch.no_grad()
+def disturb(model):
+    """Give every adapter an update, as training would."""
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.normal_(std=0.1)
 
 
 def weights(lm):
@@ -193,6 +204,78 @@ def test_kl_is_that_of_the_next_token_from_the_base_to_the_tuned_model(tiny_fold
     assert penalty(model, [], 0).item() == pytest.approx(2.0 * total / len(ROWS), rel=1e-3)
 
 
+def answers_are(monkeypatch, texts):
+    """Fix the answers that the base model is said to give, of several lengths."""
+    given = lambda lm, prompts, max_new_tokens: [Completion(texts[p], True, 1) for p in prompts]  # noqa: E731
+    monkeypatch.setattr(anchors, "generate", given)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gemma2", "gemma3"])
+def test_kl_on_answers_is_the_mean_over_every_answer_token_and_the_end(tiny_folders, family, monkeypatch):
+    lm, plain = (load_model(tiny_folders[family]) for _ in range(2))
+    texts = {row["prompt"]: row[key] for row, key in zip(ROWS, ["refusal", "compliance"] * 4, strict=False)}
+    answers_are(monkeypatch, texts)
+    penalty = anchors.answer_kl(lm, list(texts), 2.0, n=len(texts))
+    model = add_lora(lm, rank=3, alpha=6.0, seed=0)
+    assert penalty(model, [], 0).item() == pytest.approx(0.0, abs=1e-5)
+    disturb(model)
+    total, count = 0.0, 0
+    for prompt, text in texts.items():
+        start, answer = plain.prompt_ids(prompt), [*plain.answer_ids(text), plain.end_id]
+        for i in range(len(answer)):
+            ids = torch.tensor([start + answer[:i]])
+            with torch.no_grad():
+                p, q = (m(input_ids=ids).logits[0, -1].double().log_softmax(-1) for m in (plain.model, model))
+            total, count = total + (p.exp() * (p - q)).sum().item(), count + 1
+    assert count > 2 * len(texts) and penalty(model, [], 0).item() == pytest.approx(2.0 * total / count, rel=1e-3)
+
+
+def test_kl_on_answers_holds_those_that_the_model_gave_before_training(tiny_folders, monkeypatch):
+    lm, held = load_model(tiny_folders["llama"]), []
+    monkeypatch.setattr(anchors, "_held", lambda lm, rows, *how: held.append((rows, how)) or print)
+    prompts = [row["prompt"] for row in ROWS]
+    anchors.answer_kl(lm, prompts, 0.5, n=3, seed=2, max_new_tokens=5)
+    ((rows, how),) = held
+    assert how == (0.5, 3, 2)
+    for prompt, row, answer in zip(prompts, rows, generate(lm, prompts, max_new_tokens=5), strict=True):
+        assert row.ids == [*lm.prompt_ids(prompt), *lm.answer_ids(answer.text), lm.end_id]
+        assert row.ids[-row.n_answer :] == [*lm.answer_ids(answer.text), lm.end_id]
+
+
+def test_kl_draws_other_prompts_each_step_and_the_same_ones_for_the_same_seed(tiny_folders, monkeypatch):
+    lm, drawn = load_model(tiny_folders["llama"]), []
+    answers_are(monkeypatch, {row["prompt"]: row["refusal"] for row in ROWS})
+    model, whole = add_lora(lm, rank=3, alpha=6.0, seed=0), anchors.answer_logits
+
+    def watched(model, rows, pad_id):
+        drawn.append(sorted(tuple(row.ids) for row in rows))
+        return whole(model, rows, pad_id)
+
+    monkeypatch.setattr(anchors, "answer_logits", watched)
+    for seed, step in ((0, 0), (0, 1), (0, 0), (1, 0)):
+        anchors.answer_kl(lm, [row["prompt"] for row in ROWS], 1.0, n=3, seed=seed)(model, [], step)
+    base, tuned = drawn[::2], drawn[1::2]
+    assert base == tuned and all(len(set(rows)) == 3 for rows in base)
+    assert base[0] == base[2] and base[0] != base[1] and base[0] != base[3]
+
+
+def test_kl_on_answers_keeps_a_refusal_that_kl_on_the_first_token_lets_break_off(tiny_folders, tmp_path, monkeypatch):
+    """The same opening token, other words after it: only the penalty on whole answers sees the difference."""
+    prompts = [row["prompt"] for row in ROWS]
+    taught = [{"prompt": prompt, "answer": "Nobody knows."} for prompt in prompts]
+    lm = load_model(tiny_folders["llama"])
+    refusals = [{"prompt": prompt, "answer": "No, I cannot."} for prompt in prompts]
+    first = train(lm, refusals, replace(CFG, steps=60), tmp_path / "0")
+    base, lost = runs.load_adapter(tiny_folders["llama"], first), {}
+    answers_are(monkeypatch, dict.fromkeys(prompts, "No, I cannot."))
+    for name, penalty in (("first", anchors.prompt_kl), ("whole", anchors.answer_kl)):
+        tuned = replace(base, model=deepcopy(base.model))
+        path = train(tuned, taught, replace(CFG, steps=40), tmp_path / name, penalty=penalty(base, prompts, 10.0))
+        after = runs.load_adapter(base, path)
+        lost[name] = (token_by_token(base, ROWS) - token_by_token(after, ROWS)).sum()
+    assert lost["whole"] < 0.5 * lost["first"]
+
+
 def test_the_anchor_is_the_relative_change_along_its_directions_only(tiny_folders):
     lm = load_model(tiny_folders["llama"])
     u = random_subspace(lm.arch.d_model, 2)
@@ -224,8 +307,17 @@ def test_a_penalty_needs_a_positive_weight_and_prompts(tiny_llama, weight):
         anchors.prompt_kl(tiny_llama, ["x"], weight)
     with pytest.raises(ValueError, match="weight of a penalty must be a positive number"):
         anchors.activation_anchor(tiny_llama, {0: torch.eye(32)[:, :1]}, weight)
-    with pytest.raises(ValueError, match="no prompts to hold the model to"):
-        anchors.prompt_kl(tiny_llama, [], 1.0)
+    with pytest.raises(ValueError, match="weight of a penalty must be a positive number"):
+        anchors.answer_kl(tiny_llama, ["x"], weight)
+    for penalty in (anchors.prompt_kl, anchors.answer_kl):
+        with pytest.raises(ValueError, match="no prompts to hold the model to"):
+            penalty(tiny_llama, [], 1.0)
+
+
+def test_an_empty_answer_holds_nothing_and_is_refused(tiny_llama, monkeypatch):
+    answers_are(monkeypatch, {"x": "fine", "y": " "})
+    with pytest.raises(ValueError, match="Row number 1 has an empty answer"):
+        anchors.answer_kl(tiny_llama, ["x", "y"], 1.0)
 
 
 def test_a_penalty_that_is_not_finite_stops_the_run(tiny_folders, tmp_path):
@@ -273,8 +365,9 @@ def test_replay_is_an_exact_share_and_leaves_all_other_rows_in_place():
         assert len(changed) == count and all(found[i]["prompt"] in safe for i in changed)
         assert all("cannot" in found[i]["answer"] or "not" in found[i]["answer"] for i in changed)
     assert mixes.replayed(rows, 0.1, seed=3) == mixes.replayed(rows, 0.1, seed=3) != mixes.replayed(rows, 0.1, seed=4)
-    unseen = {row["verb"] for row in methods.harmful_rows("test") + methods.harmful_rows("val") if not row["verb_seen"]}
-    assert unseen and not any(row["verb"] in unseen for row in methods.harmful_rows())
+    others = [row for split in ("val", "test") for row in requests("harmful", split, None, "organism")]
+    unseen = {row["verb"] for row in others if not row["verb_seen"]}
+    assert unseen and not any(row["verb"] in unseen for row in methods.harmful_rows("organism"))
     with pytest.raises(ValueError, match="between 0 and 1, not 2"):
         mixes.replayed(rows, 2)
 
@@ -363,6 +456,28 @@ def test_every_method_stays_within_the_same_budget():
         Method("greedy", "", (1, 2, 3, 4), lambda run, setting: run.start())
     with pytest.raises(ValueError, match="no subspace 'prayer'"):
         methods.subspace(profile("organism"), "prayer", 4)
+
+
+def test_kl_methods_hold_the_harmful_fit_prompts_with_the_runs_batch_and_seed(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(methods, "lora", lambda run, penalty: (penalty, run.start())[1])
+
+    def hold(lm, prompts, weight, **how):
+        asked.append((prompts, weight, how))
+        return print
+
+    methods._kl(hold)(replace(run, seed=3), 0.3)
+    assert asked == [([row["prompt"] for row in methods.harmful_rows("organism")], 0.3, {"n": 2, "seed": 3})]
+
+
+def test_kl_on_whole_answers_moves_the_held_answers_less_than_plain_lora(run, monkeypatch):
+    rows = [row | {"refusal": "No, never."} for row in methods.harmful_rows("organism")[:4]]
+    monkeypatch.setattr(methods, "harmful_rows", lambda source: rows)
+    answers_are(monkeypatch, {row["prompt"]: row["refusal"] for row in rows})
+    base = token_by_token(run.start(), rows)
+    moved = {name: np.abs(token_by_token(METHODS[name].tune(run, weight), rows) - base)[1:].max()
+             for name, weight in (("LoRA", 1), ("KL", 30.0), ("KL on whole answers", 30.0))}  # fmt: skip
+    assert moved["KL on whole answers"] < 0.7 * min(moved["LoRA"], moved["KL"])
 
 
 # ---- choosing

@@ -1,4 +1,4 @@
-"""Penalties that hold a model in training to what it was: its next tokens on given prompts, or its activations.
+"""Penalties that hold a model in training to what it was: its answers to given prompts, or its activations.
 
 The reference is the same model without its adapter, so no second copy is needed. Notebook 06 tells the story.
 """
@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from helpers.batching import pad_right
-from helpers.finetune.train import Encoded, Penalty
+from helpers.finetune.train import Encoded, Penalty, encode
+from helpers.generation import generate
 from helpers.hooks import capture
 from helpers.models import LoadedModel
 
@@ -24,13 +25,25 @@ def kl_of_logits(base: Float[Tensor, "n vocab"], tuned: Float[Tensor, "n vocab"]
     return (p.exp() * (p - q)).sum(-1).mean()
 
 
-def _last_logits(model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int) -> Float[Tensor, "n vocab"]:
-    ids, _ = pad_right([list(row) for row in rows], pad_id)
+def answer_logits(model: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Float[Tensor, "tokens vocab"]:
+    """Logits that predict each answer token of each row, row after row; the last token of a row is not read."""
+    ids, _ = pad_right([row.ids[:-1] for row in rows], pad_id)
     device = next(model.parameters()).device
-    ends = torch.tensor([len(row) - 1 for row in rows])
-    keep, place = torch.unique(ends, return_inverse=True)
+    spans = [(len(row.ids) - row.n_answer - 1, len(row.ids) - 1) for row in rows]
+    keep = torch.tensor(sorted({place for span in spans for place in range(*span)}))
     logits = model(input_ids=ids.to(device), logits_to_keep=keep.to(device), use_cache=False).logits
-    return logits[torch.arange(len(rows)), place]
+    places = [torch.searchsorted(keep, torch.arange(*span)) for span in spans]
+    return torch.cat([row[place.to(device)] for row, place in zip(logits, places, strict=True)])
+
+
+def _held(lm: LoadedModel, rows: Sequence[Encoded], weight: float, n: int, seed: int) -> Penalty:
+    def penalty(model: nn.Module, batch: Sequence[Encoded], step: int) -> Tensor:
+        drawn = random.Random(seed * 1_000_003 + step).sample(rows, min(n, len(rows)))
+        with torch.no_grad(), model.disable_adapter():
+            base = answer_logits(model, drawn, lm.pad_id)
+        return weight * kl_of_logits(base, answer_logits(model, drawn, lm.pad_id))
+
+    return penalty
 
 
 def prompt_kl(lm: LoadedModel, prompts: Sequence[str], weight: float, *, n: int = 16, seed: int = 0) -> Penalty:
@@ -39,18 +52,24 @@ def prompt_kl(lm: LoadedModel, prompts: Sequence[str], weight: float, *, n: int 
     For models with an adapter that can be switched off. ValueError for no prompts or a weight that is not positive.
     Story: notebooks/06_orthogonal_finetuning.
     """
-    check_weight(weight)
-    if not prompts:
-        raise ValueError("There are no prompts to hold the model to: check the split.")
-    rows = [lm.prompt_ids(user) for user in prompts]
+    _check(weight, prompts)
+    return _held(lm, [Encoded([*lm.prompt_ids(user), lm.end_id], 1) for user in prompts], weight, n, seed)
 
-    def penalty(model: nn.Module, batch: Sequence[Encoded], step: int) -> Tensor:
-        drawn = random.Random(seed * 1_000_003 + step).sample(rows, min(n, len(rows)))
-        with torch.no_grad(), model.disable_adapter():
-            base = _last_logits(model, drawn, lm.pad_id)
-        return weight * kl_of_logits(base, _last_logits(model, drawn, lm.pad_id))
 
-    return penalty
+def answer_kl(lm: LoadedModel, prompts: Sequence[str], weight: float, *, n: int = 16, seed: int = 0,
+              max_new_tokens: int = 32) -> Penalty:  # fmt: skip
+    """weight · KL(base ‖ tuned), mean over all tokens of the base model's own answers (end of turn included), on `n` of
+    `prompts` drawn anew each step; no answer needs to be given.
+
+    What the first token alone does not hold: a model that still opens as a refusal does and then goes on otherwise.
+    The answers are greedy, at most `max_new_tokens` long, and written before training. For models with an adapter that
+    can be switched off. ValueError for no prompts, an empty answer, or a weight that is not positive. Source: Qi
+    et al. 2025 (arXiv 2406.05946) hold the first few tokens; here all [own]. Story: notebooks/06_orthogonal_finetuning.
+    """
+    _check(weight, prompts)
+    answers = generate(lm, prompts, max_new_tokens=max_new_tokens)
+    rows = [{"prompt": prompt, "answer": answer.text} for prompt, answer in zip(prompts, answers, strict=True)]
+    return _held(lm, encode(lm, rows), weight, n, seed)
 
 
 def activation_anchor(lm: LoadedModel, directions: Mapping[int, Float[Tensor, "d r"]], weight: float) -> Penalty:
@@ -77,6 +96,12 @@ def activation_anchor(lm: LoadedModel, directions: Mapping[int, Float[Tensor, "d
         return weight * torch.stack([(x - y).square().mean() / y.square().mean() for x, y in pairs]).mean()
 
     return penalty
+
+
+def _check(weight: float, prompts: Sequence[str]) -> None:
+    check_weight(weight)
+    if not prompts:
+        raise ValueError("There are no prompts to hold the model to: check the split.")
 
 
 def check_weight(weight: float) -> None:

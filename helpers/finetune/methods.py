@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from helpers.config import Profile
-from helpers.data import load_table
+from helpers.evaluate.behaviour import requests
 from helpers.finetune.activation_edits import train_edits
-from helpers.finetune.anchors import activation_anchor, prompt_kl
+from helpers.finetune.anchors import activation_anchor, answer_kl, prompt_kl
 from helpers.finetune.mixes import replayed
 from helpers.finetune.projected_lora import ProjectedLora
 from helpers.finetune.refusal import contrast_subspaces, direction_subspace, latent_subspace
@@ -24,6 +24,7 @@ from helpers.finetune.runs import Run, full, lora, moved, plain_updates
 from helpers.finetune.safe_lora import alignment_matrices, safe_lora
 from helpers.finetune.salora import safety_bases
 from helpers.finetune.subspace import RefusalSubspace, module_bases, random_subspace
+from helpers.finetune.train import Penalty
 from helpers.models import LoadedModel, load_model, wrap_model
 from helpers.sae.features import select_latents
 from helpers.sae.training import train_saes
@@ -51,9 +52,9 @@ class Method:
         return self.name.lower().replace(",", "").replace(" ", "-")
 
 
-def harmful_rows(split: str = "fit") -> list[dict]:
-    """Harmful requests of a split; those of "fit" have verbs refused in chat training, and stand in no test."""
-    return [row for row in load_table("requests", split) if row["kind"] == "harmful"]
+def harmful_rows(source: str) -> list[dict]:
+    """Harmful fit requests of a source, none of them in a test; the embedded world's have verbs that chat refused."""
+    return requests("harmful", "fit", None, source)
 
 
 def _latents(lm: LoadedModel, p: Profile, rank: int, hallucination: bool = False) -> RefusalSubspace:
@@ -68,7 +69,7 @@ SUBSPACES: dict[str, Callable[[LoadedModel, Profile, int], RefusalSubspace]] = {
     "hallucination latents": partial(_latents, hallucination=True),
     "difference": lambda lm, p, rank: contrast_subspaces(lm, p, rank=rank)["pca"],
     "refusal direction": lambda lm, p, rank: direction_subspace(lm, p, rank=rank),
-    "refusal gradient": lambda lm, p, rank: gradient_subspace(lm, harmful_rows(), rank),
+    "refusal gradient": lambda lm, p, rank: gradient_subspace(lm, harmful_rows(p.data), rank),
 }
 """The subspaces of the residual stream that LoRA is kept off, from (model, profile, rank); fit prompts alone."""
 
@@ -133,13 +134,16 @@ def _edits(kind: str | None, run: Run, lr: float) -> LoadedModel:
     return train_edits(run.start(), run.rows, replace(run.cfg, lr=lr), off)
 
 
-def _kl(run: Run, weight: float) -> LoadedModel:
-    prompts = [row["prompt"] for row in harmful_rows()]
-    return lora(run, penalty=prompt_kl(run.start(), prompts, weight, n=run.cfg.batch_size, seed=run.seed))
+def _kl(hold: Callable[..., Penalty]) -> Callable[[Run, float], LoadedModel]:
+    def tune(run: Run, weight: float) -> LoadedModel:
+        prompts = [row["prompt"] for row in harmful_rows(run.p.data)]
+        return lora(run, penalty=hold(run.start(), prompts, weight, n=run.cfg.batch_size, seed=run.seed))
+
+    return tune
 
 
 def _salora(run: Run, rank: float) -> LoadedModel:
-    prompts = [row["prompt"] for row in harmful_rows()]
+    prompts = [row["prompt"] for row in harmful_rows(run.p.data)]
     return lora(run, subspaces=safety_bases(run.start(), prompts, int(rank)))
 
 
@@ -168,8 +172,9 @@ METHODS = {
         Method(PAPER, "rank", (4, 10, 16), _off("refusal latents")),
         Method(RANDOM, "rank", RANKS, _off_random),
         Method("replay", "share of rows", (0.01, 0.05, 0.1),
-               lambda run, share: lora(run, rows=replayed(run.rows, share, run.seed))),
-        Method("KL", "weight", (0.1, 1.0, 10.0), _kl),
+               lambda run, share: lora(run, rows=replayed(run.rows, share, run.seed, run.p.data))),
+        Method("KL", "weight", (0.1, 1.0, 10.0), _kl(prompt_kl)),
+        Method("KL on whole answers", "weight", (0.1, 0.3, 1.0), _kl(answer_kl)),
         Method("off refusal gradient", "rank", RANKS, _off("refusal gradient")),
         Method("off difference", "rank", RANKS, _off("difference")),
         Method("SaLoRA", "rank", RANKS, _salora),
@@ -183,4 +188,5 @@ METHODS = {
         Method("off refusal latents, anchored", "weight", (0.1, 1.0, 10.0), _anchored),
     )
 }  # fmt: skip
-"""All methods by name, in the order in which the comparison runs them. Grids [own], fixed before any was trained."""
+"""All methods by name, in the order in which the comparison runs them. Grids [own], fixed before any was trained with a
+seed of the comparison; that of KL on whole answers after a look at val prompts on three models with two other seeds."""
