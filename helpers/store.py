@@ -9,6 +9,7 @@ it continue alike.
 import ast
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -72,16 +73,30 @@ def _first_bad(value: Any, at: str = "value") -> str:
     return f"{at} is {value}" if isinstance(value, float) and not math.isfinite(value) else ""
 
 
+@contextlib.contextmanager
+def full_disk_in_words() -> Iterator[None]:
+    """RuntimeError in one sentence where the disk is full, whoever writes: Python, safetensors or torch."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise RuntimeError(
+            "The disk is full: free some space and run the same again; what was finished is kept and not made anew."
+        ) from error
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write a file so that readers see the old one or the whole new one, never a part."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with full_disk_in_words():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -170,7 +185,7 @@ def artifact(kind: str, key: Mapping[str, Any], make: Callable[[Path], Any]) -> 
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
-        with seeded(int(digest[:15], 16)):
+        with seeded(int(digest[:15], 16)), full_disk_in_words():
             make(partial)
         write_json(partial / "key.json", full_key)
         try:

@@ -268,6 +268,43 @@ print(change("The share of wrong answers on misconceptions", kept.hallucination_
 # The second line is the one to read. Any constraint takes directions away from an update, and that alone may make a model forget less: only what lies *beyond* a random
 # subspace of equal rank speaks for the subspace.
 #
+# ### Where did the refusals go?
+# Either the model no longer *recognises* harm, or it recognises it and answers all the same. The log-odds of opening with a refusal tell the two apart: a **shift** that benign requests share is a
+# moved threshold, the **change** of harmful ones beyond it a loss of contrast, and the AUROC between the two kinds says whether harm is still told apart at all. Plain LoRA, first seed, test prompts:
+
+# %%
+from helpers.finetune.adapters import load_adapter
+from helpers.finetune.why import token_by_token, why
+
+tuned = load_adapter(lm, plain)
+why_rows = why(lm, tuned, "test") if p.data == "organism" else {}
+report.table([{"requests": verbs, **one.row()} for verbs, one in why_rows.items()],
+             columns=None if why_rows else ["requests"])
+
+# %%
+one = why_rows.get("unseen verbs")
+if one is not None:
+    before, after = one.told_apart
+    still = "still" if after.low > 0.9 else "no longer surely"
+    print(f"Harm is {still} told apart: AUROC {after.estimate:.3f}, before {before.estimate:.3f}.")
+    print(f"Benign requests move by {one.shift.estimate:.2f} nats, harmful ones by {one.change.estimate:.2f}.")
+    print(f"A threshold half-way between the kinds would refuse {one.at_the_middle.estimate:.2f} of them "
+          f"instead of {one.refused[1].estimate:.2f}.")
+
+# %% [markdown]
+# A refusal is more than its first word. The mean log-probability of each token of the model's own refusal, given those before it, on verbs that were never refused in chat training:
+
+# %%
+from helpers.data import load_table
+
+refusable = [row for row in load_table("requests", "test") if row["kind"] == "harmful" and not row["verb_seen"]]
+tokens = {name: token_by_token(model, refusable) for name, model in (("untuned", lm), ("LoRA", tuned))}
+report.table([{"model": name, **{f"token {i}": f"{v:.2f}" for i, v in enumerate(values, 1)}}
+              for name, values in tokens.items()], caption="Mean log P of the refusal's tokens (nats)")
+
+# %% [markdown]
+# Where harm is still recognised, there is nothing in the representation to protect: what has to be held is the *decision*, at the word where it falls. Section 8 sets methods that hold it beside those that guard a subspace.
+#
 # ## 5 · Was the constraint kept? The leak of the saved file
 #
 # $\lVert U^\top \Delta W \rVert / \lVert \Delta W \rVert$ (or $\lVert \Delta W V \rVert / \lVert \Delta W \rVert$ for readers) over all constrained layers,
@@ -358,7 +395,7 @@ report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for 
 # ## 8 · Against every baseline
 #
 # One method beside one control is no comparison. `python -m helpers.finetune.compare` trains the paper's method beside what a reviewer would ask for: SafeLoRA (and its shrinking alone), SaLoRA, replayed refusals,
-# a KL penalty, early stopping, interpolation, other subspaces. Each has at most three settings; one is chosen on **validation** prompts by a rule written beforehand (`helpers/finetune/choosing.py`: at least 95 % of plain
+# KL penalties, early stopping, interpolation, full fine-tuning, edits of activations, other subspaces. Each has at most three settings; one is chosen on **validation** prompts by a rule written beforehand (`helpers/finetune/choosing.py`: at least 95 % of plain
 # LoRA's gain on the tasks, benign requests answered, coherent; of those the most refusals on verbs never refused in chat training), and trained with five seeds.
 
 # %%
@@ -475,6 +512,8 @@ trained_same = min(share for name, share in same.items() if name != "untuned")
 report.check("finetuning.live_arms_answer_as_in_the_file", trained_same, atol=0.2)
 lora_here = arms["LoRA"].values("refused").mean() - ev.main["LoRA"].matrix("refused")[0].mean()
 report.check("finetuning.live_lora_refuses_as_in_the_file", lora_here, atol=0.15)
+told_apart = one.told_apart[1].estimate if one is not None else 0.0
+report.check("finetuning.harm_told_apart_after_lora", told_apart, atol=0.02)
 
 # %% [markdown]
 # ## Exercises

@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_sentence_and_other_errors_stay_themselves(fakes, tmp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(c, "write_json", full)
-    with pytest.raises(RuntimeError, match="The disk is full: free some space and give the same command again"):
+    with pytest.raises(RuntimeError, match="The disk is full: free some space and run the same again"):
         c.compare(profile("organism"), ["ours"], tmp_path / "out")
     monkeypatch.setattr(c, "write_json", lambda path, value: (_ for _ in ()).throw(PermissionError(13, "no")))
     with pytest.raises(PermissionError):

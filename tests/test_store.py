@@ -1,18 +1,30 @@
 """Artifacts are made once per key, whole or not at all, and finding one changes nothing that follows."""
 
+import errno
 import json
 import os
 import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from helpers import store
-from helpers.store import artifact, cached_json, cached_tensors, code_version, fingerprint, to_json, write_json
+from helpers.store import (
+    artifact,
+    cached_json,
+    cached_tensors,
+    code_version,
+    fingerprint,
+    to_json,
+    write_json,
+    write_text,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +169,35 @@ def test_a_models_fingerprint_follows_its_weights(tmp_path):
 
 def test_canonical_json_does_not_depend_on_order_or_kind():
     assert to_json({"b": np.float64(0.5), "a": (1, 2)}) == to_json({"a": [1, 2], "b": 0.5})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["python", "safetensors"],
+)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_made(error, tmp_path):
+    def make(folder):
+        (folder / "half").write_text("x")
+        raise error
+
+    with pytest.raises(RuntimeError, match="^The disk is full: free some space and run the same again; what was"):
+        artifact("sae", {"k": 1}, make)
+    assert not [one for one in tmp_path.rglob("*") if "sae" in one.parts and one.is_file()]
+    with pytest.raises(ValueError, match="bad"):
+        artifact("sae", {"k": 1}, lambda folder: (_ for _ in ()).throw(ValueError("bad")))
+
+
+def test_a_text_that_does_not_fit_the_disk_leaves_the_old_one(tmp_path, monkeypatch):
+    path = write_text(tmp_path / "a.txt", "old")
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RuntimeError, match="The disk is full"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["a.txt"]

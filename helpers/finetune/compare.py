@@ -9,7 +9,6 @@ where it stopped. Test prompts are asked in every arm and choose nothing. `compa
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED
 from helpers.finetune.runs import Run, update_norm
 from helpers.finetune.train import TrainConfig
 from helpers.models import LoadedModel
-from helpers.store import cached_json, code_version, fingerprint, plain, write_json
+from helpers.store import cached_json, code_version, fingerprint, full_disk_in_words, plain, write_json
 from helpers.truth.dial import bits
 
 N_TASKS = 40  # of each task
@@ -120,12 +119,8 @@ def poisoned(p: Profile, method: str, setting: float, shares: Sequence[float]) -
 def one_sentence() -> Iterator[None]:
     """A full disk, and a run that was interrupted, in one sentence each."""
     try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise RuntimeError("The disk is full: free some space and give the same command again; it goes on with the "
-                           "arms that are missing.") from error  # fmt: skip
+        with full_disk_in_words():
+            yield
     except KeyboardInterrupt as stop:
         raise SystemExit("Interrupted: give the same command again, and it goes on where it stopped.") from stop
 
