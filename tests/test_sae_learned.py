@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from sae_lens import SAE
-from test_sae import SMALL, sparse_data
+from test_sae import PLANTED, SMALL, sparse_data
 
 from helpers.browser.stack import Fit, Reader, warnings_of
 from helpers.config import ROOT, profile
@@ -75,10 +75,11 @@ def test_the_measure_equals_plain_loops_in_double_precision(seed):
 
 
 def test_neither_shrinkage_nor_a_shifted_mean_changes_it_and_a_turned_sign_counts_as_nothing():
-    x, rows = sparse_data(300, seed=2), rows_of(30, 24, 5)
-    plain = left_beside_random(Planted(rows, bias=4.0), x)
-    assert left_beside_random(Planted(rows, 4.0, scale=0.2, shift=-7.0), x) == pytest.approx(plain, rel=1e-3)
-    assert left_beside_random(Planted(rows, 4.0, scale=-1.0), x) > 1
+    x = sparse_data(300, seed=2) - 3.0
+    plain = left_beside_random(Planted(PLANTED, bias=4.0), x)
+    assert plain < UNTRAINED - 0.2
+    assert left_beside_random(Planted(PLANTED, 4.0, scale=0.2, shift=-7.0), x) == pytest.approx(plain, rel=1e-3)
+    assert left_beside_random(Planted(PLANTED, 4.0, scale=-1.0), x) > 1
 
 
 def test_a_perfect_dictionary_has_nothing_left_and_a_silent_one_all_of_it():
