@@ -168,7 +168,7 @@ report.table([{"kind": kind, "latents": count} for kind, count in selection.coun
 #
 # ## 4 · Steering: what the page computes
 #
-# The slider multiplies a latent's contribution to z by a factor at every token: 0 takes it out, 1 changes nothing, 2 doubles it. `view.live.steer` is the function behind it.
+# The slider multiplies a latent's contribution to what its SAE reads (here z) by a factor at every token: 0 takes it out, 1 changes nothing, 2 doubles it. `view.live.steer` is the function behind it.
 # One harmful request, with the refusal-only latents taken out, kept, and doubled:
 
 # %%
@@ -261,9 +261,9 @@ report.check("browser.export_asks_no_network", "default-src 'none'" in file.read
 # ```python
 # browse("meta-llama/Meta-Llama-3-8B-Instruct", "path/to/sae", {"refused": [...], "answered": [...]})
 # ```
-# The SAE is one saved by sae-lens, or its folder, or `{layer: SAE}`; where it reads is taken from its metadata (z, residual stream, MLP). Prompts are a list, or groups of
+# The SAE is one saved by sae-lens, or its folder, or several as `{layer: SAE}` or `{(site, layer): SAE}`; where each reads is taken from its metadata (z, residual stream, MLP). Prompts are a list, or groups of
 # texts or of `(text, answer)` pairs. An SAE that does not fit the model, an
-# empty group or a prompt beyond the context is refused with one sentence, in the widget; an SAE that explains too little of your prompts to be trained is flagged in its header.
+# empty group or a prompt beyond the context is refused with one sentence, in the widget; an SAE that explains hardly more of your prompts than as many random directions is flagged in its header.
 # Above 8,192 latents the pages are made when you open them.
 #
 # ## Exercises
