@@ -353,7 +353,8 @@ from helpers.finetune.entanglement import chance_leak, entanglement
 
 update = {"inside": leaks["plain LoRA, as saved"].total, "by chance": chance_leak(lm, plain, main)}
 entangled = entanglement(lm, main) if p.data == "organism" else []
-print(f"Share of plain LoRA's update inside: {update['inside']:.3f}; a random subspace: {update['by chance']}.")
+print(f"Share of plain LoRA's update inside: {update['inside']:.3f};", end=" ")
+print(f"inside random subspaces of equal rank: {update['by chance']}.")
 columns = ["pair", "ranks", "smallest angle", "overlap", "overlap by chance", "beyond chance"]
 report.table(entangled, columns)
 

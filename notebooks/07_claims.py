@@ -96,7 +96,7 @@ print(inspect.getsource(verdicts.c8))
 
 # %%
 rules = [{"claim": id, "the rule": inspect.getdoc(rule)} for id, rule in verdicts.RULES.items()]
-ruled = report.table(rules, caption="All eight in a sentence each; the code is in helpers/evaluate/verdicts.py")
+ruled = report.table(rules, caption="In a sentence each; the code is in helpers/evaluate/verdicts.py")
 report.section("rules", 1, "The rules", tables=[ruled])
 ruled
 
@@ -139,7 +139,8 @@ from helpers.review import sensitivity
 
 found = sensitivity.variants(claims, p)
 asked = [row for row in claims if row["id"] in found]
-overview = report.table(sensitivity.summary(claims, found), caption="Does the verdict stand?")
+overview = report.table(sensitivity.summary(claims, found), columns=None if asked else ["claim"],
+                        caption="Does the verdict stand?")
 overview
 
 # %%
@@ -148,10 +149,11 @@ display(*forests)
 
 # %%
 by_claim = [sensitivity.table_of(row, found[row["id"]]) for row in asked]
-note = ("No variant was chosen: the headline is what was fixed before the numbers. Variants of C6 and C8 come "
-        "from the comparison of all methods, with its five seeds and all test prompts.")
+note = ("No variant was chosen: the headline is what was fixed before the numbers. Variants of C6 and C8 "
+        "come from the comparison of all methods, with its five seeds and all test prompts.")
 report.section("sensitivity", 3, "Sensitivity", [note], [overview])
-report.section("sensitivity_each", 4, "Sensitivity, claim by claim", (), by_claim, forests)
+if by_claim:
+    report.section("sensitivity_each", 4, "Sensitivity, claim by claim", (), by_claim, forests)
 display(*by_claim)
 
 # %% [markdown]

@@ -255,6 +255,12 @@ def test_names_beside_the_front_do_not_overlap_and_keep_the_order_of_the_points(
     assert len(still) == len(points) and min(b - a for a, b in itertools.pairwise(still)) >= 9
 
 
+def test_of_points_at_one_height_the_left_ones_name_is_higher_so_that_no_lines_cross(own_results):
+    points = {str(x): (Interval(x, x, x, 9), Interval(0.5, 0.4, 0.6, 9)) for x in (0.9, 0.1, 0.5)}
+    notes = report.front(points, name="level").plotly.layout.annotations
+    assert [note.text for note in sorted(notes, key=lambda note: -note.y)] == ["0.1", "0.5", "0.9"]
+
+
 def test_spread_keeps_places_apart_inside_and_near_their_points():
     rng = np.random.default_rng(2)
     for wanted in ([0.5] * 12, rng.random(12).tolist(), [0.0, 1.0], [0.0] * 5, [1.0] * 5, [0.3]):

@@ -104,6 +104,7 @@ def test_views_take_their_seeds_and_their_poison(made):
     assert set(plain) == {0, 1} and not (plain[0] == refusals(made["LoRA"], View())[0]).all()
     a, b = pair(refusals(made["untuned"], View(poison=0.1)), plain, View(poison=0.1, seeds=(1,)))
     assert a.shape == (1, HARMFUL) and (b[0] == plain[1]).all()
+    assert tuned(made["LoRA"], made["untuned"], View()).refusal_drop.low > 0.4, "a fall is positive"
     only = tuned(made["LoRA"], made["untuned"], View(seeds=(2,))).benign_compliance
     assert only.estimate == np.mean([int(bit) for bit in made["LoRA"].arms[2].bits["test"]["benign_complied"]])
 
@@ -203,6 +204,18 @@ def test_steering_variants_contain_the_claims_seeds_and_couplings_and_reproduce_
     assert one.estimate.estimate == pytest.approx(nats) and one.unit == "nats"
 
 
+def test_every_variant_is_judged_on_its_own_models(committed, monkeypatch):
+    _, records = committed
+    asked = []
+    monkeypatch.setitem(steering.RULES, "C3", lambda found, models: asked.append(list(models.of)) or c3(found))
+    found = steering.steering_variants("C3", records)
+    mine = list(records.coupled("default").of)
+    wanted = {"seed": [[who] for who in mine], "judge": [mine] * 3, "strength": [mine],
+              "training text": [list(records.coupled(name).of) for name in ("absent", "reversed")]}  # fmt: skip
+    got = {choice: [who for who, one in zip(asked, found, strict=True) if one.choice == choice] for choice in wanted}
+    assert got == wanted
+
+
 def test_c3_asks_the_other_side_of_the_direction_on_the_same_models(committed):
     _, records = committed
     found = {one.value: one.verdict for one in steering.steering_variants("C3", records) if one.choice == "seed"}
@@ -253,6 +266,16 @@ def test_headlines_stay_what_they_were(committed):
 
 
 # The front
+
+
+def test_with_poison_the_resamples_are_of_the_models_trained_on_it(made):
+    arms = [one if not one.poison else arm(one.seed, 1.0, 0.1, 6, refused=0.0, utility=0.75)
+            for one in made["replay"].arms]  # fmt: skip
+    some = {**made, "replay": replace(made["replay"], arms=tuple(arms))}
+    benign, poisoned = ({row["method"]: row for row in methods.front_rows(some, share)} for share in (0.0, 0.1))
+    assert benign["replay"][methods.SURE] > 0.9 and poisoned["replay"][methods.SURE] < 0.1
+    assert (benign["replay"]["dominated"], poisoned["replay"]["dominated"]) == ("no", "yes")
+    assert set(methods.fronts(some)) == {0.0, 0.1} and "10% poison" in methods.in_words(methods.fronts(some))[1]
 
 
 def test_the_front_rows_say_who_is_beaten_and_how_surely(made):

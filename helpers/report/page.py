@@ -9,7 +9,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto
   color: var(--ink); background: var(--paper); }
 a { color: var(--link); } a:focus-visible, .wide:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--rule); }
-nav ol { columns: 2; padding-left: 1.4rem; }
+nav ol { columns: 16rem; padding-left: 1.4rem; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .4rem 0; }
@@ -26,7 +26,8 @@ figcaption { color: var(--soft); font-size: .9rem; }
   :root { color-scheme: light; --paper: #ffffff; --ink: #000000; --soft: #333333; --rule: #bbbbbb; --link: #000000;
     --good: #00664a; --bad: #a33c00; }
   body { max-width: none; margin: 0; font-size: 10pt; } nav { display: none; }
-  .wide { overflow: visible; } td.number { white-space: normal; } tr, figure { break-inside: avoid; }
+  .wide { overflow: visible; } table { font-size: 8pt; } td.claim, td.reproduced, td.not, td.untested { min-width: 0; }
+  td.number { white-space: normal; } tr, figure { break-inside: avoid; }
   h2 { break-after: avoid; }
 }
 """
