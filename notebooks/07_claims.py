@@ -48,6 +48,8 @@ if "google.colab" in sys.modules:
 # %%
 import inspect
 
+from IPython.display import display
+
 from helpers import report
 from helpers.config import profile
 from helpers.evaluate import verdicts

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config import Profile, profile, results_dir
-from helpers.report.cells import section_text
+from helpers.report.cells import NOTEBOOKS, section_text
 from helpers.report.claims import CLAIMS, collect_claims
 from helpers.report.links import claim_link
 from helpers.report.page import STYLE
@@ -50,7 +50,8 @@ def html_report(on: Profile | None = None) -> Path:
     others = [path for path in sorted((folder / "figures").glob("*.svg")) if path.stem not in shown]
     parts = {"The claims": _claims_table(collect_claims(p), folder) + f"<p>{_safe(MARKS)}</p>"}
     parts |= {one.title: _section(one, folder) for one in kept}
-    parts |= {words: prose(section_text(SOURCE, words)) for words in PROSE}
+    if (NOTEBOOKS / f"{SOURCE}.py").is_file():
+        parts |= {words: prose(section_text(SOURCE, words)) for words in PROSE}
     parts |= {"Figures of the notebooks": "\n".join(map(_figure, others))} if others else {}
     menu = "".join(f'<li><a href="#{_id(title)}">{_safe(title)}</a></li>' for title in parts)
     body = [f'<section aria-labelledby="{_id(title)}"><h2 id="{_id(title)}">{_safe(title)}</h2>\n{part}</section>'
