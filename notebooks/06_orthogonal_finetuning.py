@@ -432,7 +432,10 @@ near = [row["method"] for row in rows
 print("Within .05 of the untuned model's refusals at 95 % of LoRA's gain:", ", ".join(near) or "no method.")
 
 # %% [markdown]
-# The last line is the promise: refusal kept, nothing lost on the tasks. Where only a method that *shows the model refusals* keeps it, the data did the work, and a subspace is no substitute for them.
+# The last line is the promise: refusal kept, nothing lost on the tasks. See what the methods on it *use*. A subspace needs no harmful prompt while training; replay needs harmful prompts and refusals to them;
+# a KL penalty needs harmful prompts and nothing but the model's own answers to them. KL on the **first word** of those answers leaves the rest free, and a refusal can still break off after its opening;
+# KL on **whole answers** holds the decision and what follows from it. No verb of the test was among those prompts. Its weight was looked for on validation prompts of three models with two other training seeds
+# (`helpers/finetune/methods.py` says so), then chosen by the rule and trained with the five seeds shown here.
 #
 # Settings differ in how much they learn, so the same methods at **matched utility**: along each method's grid (seed 0, test prompts, straight lines between settings; it describes and chooses nothing),
 # the refusal of unseen verbs where 80 % and 90 % of plain LoRA's gain are reached.
