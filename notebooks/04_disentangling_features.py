@@ -392,6 +392,27 @@ print("In the stream the separation is", "double." if all(stream_separated.value
 # Two things to look for. A set that moves *both* behaviours is what the paper calls entangled, whatever it was selected for. And doubling can break the model instead of strengthening a
 # behaviour: then the log-odds of refusing rise while fewer answers *are* refusals, because many are gibberish.
 #
+# ### Under other choices
+# The same test with refusal read otherwise, one layer alone, fewer latents, SAEs trained from another seed, and the stream in the place of z. Nothing is chosen by this table; notebook 07 lays it
+# beside the verdict.
+
+# %%
+from helpers.sae.causal import ablation
+from helpers.sae.variants import ablated_variants, judged_variants, variant_of
+
+run, stream_run = out.get("refusal-specific"), stream_runs.get(("refusal-specific", "taken out"))
+other_saes = train_saes(lm, p, seed=p.seeds[0] + 1)
+chosen_again = select_latents(lm, other_saes, p)
+latents = chosen_again.by_layer(chosen_again.specific)
+other_run = ablation(lm, other_saes.saes, latents, base, measure, 4) if latents else None
+choices = [] if run is None else judged_variants(run, int(selection.specific.sum()))
+choices += ablated_variants(lm, trained.saes, selection, base, measure)
+choices += [variant_of("seed", "SAEs of another seed", latents, other_run, base),
+            variant_of("site", "residual stream", stream_sets["refusal-specific"], stream_run, base)]
+report.table([{"choice": one.choice, "value": one.value, "fall of refusal": one.estimate,
+               "unit": one.unit or "share", "C7 would be": one.verdict} for one in choices])
+
+# %% [markdown]
 # ## 5 · Verdict, by rule
 #
 # C7 needs a refusal-specific set whose removal lowers refusal, by more than the control's, while truth stays within a stated margin; and SAEs that passed notebook 03's gate.
@@ -401,7 +422,6 @@ print("In the stream the separation is", "double." if all(stream_separated.value
 from helpers.sae.causal import disentangled, verdict_c7
 from helpers.sae.quality import gated
 
-run = out.get("refusal-specific")
 found = disentangled(int(selection.specific.sum()), run, base)
 verdict = verdict_c7(found, gated(lm, trained, p))
 print(f"C7 {verdict}")
@@ -412,6 +432,7 @@ shuffled = {kind: one.as_dict() for kind, one in null.items()}
 details = {"kinds": selection.counts(), "shuffled": shuffled, "rank": main.rank, "separated": separated,
            "truth_change": found.truth_change.as_dict(),
            "stream_kinds": in_stream.counts(), "stream_separated": stream_separated,
+           "variants": [one.as_dict() for one in choices],
            "beyond_control": found.refusal_beyond_control.as_dict()}
 unit = "fall in share of harmful requests refused when refusal-specific latents are taken out"
 claim = report.claim("C7", estimate=found.refusal_drop, verdict=verdict, unit=unit,
