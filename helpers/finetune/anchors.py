@@ -62,9 +62,11 @@ def answer_kl(lm: LoadedModel, prompts: Sequence[str], weight: float, *, n: int 
     `prompts` drawn anew each step; no answer needs to be given.
 
     What the first token alone does not hold: a model that still opens as a refusal does and then goes on otherwise.
-    The answers are greedy, at most `max_new_tokens` long, and written before training. For models with an adapter that
-    can be switched off. ValueError for no prompts, an empty answer, or a weight that is not positive. Source: Qi
-    et al. 2025 (arXiv 2406.05946) hold the first few tokens; here all [own]. Story: notebooks/06_orthogonal_finetuning.
+    The answers are greedy, at most `max_new_tokens` long, and written before training. On the embedded model a step
+    takes 2.1 times plain LoRA's CPU time at n = 16 and 1.4 times at n = 4 (first token alone, n = 16: 1.6). For models
+    with an adapter that can be switched off. ValueError for no prompts, an empty answer, or a weight that is not
+    positive. Source: the old model's answers as targets, Li & Hoiem 2016; the first few tokens of given answers held,
+    Qi et al. 2025 (arXiv 2406.05946). Story: notebooks/06_orthogonal_finetuning.
     """
     _check(weight, prompts)
     answers = generate(lm, prompts, max_new_tokens=max_new_tokens)
