@@ -179,3 +179,28 @@ def test_measures_without_prompts_are_left_out_of_shares_and_tables(monkeypatch)
     assert "refused_seen" not in k.shares(ev.records[LORA].arms[0])
     assert list(e.rates(ev, ["refused_seen", "utility"])[LORA]) == ["tasks right"]
     assert "seen verbs refused" not in k.table(ev.records)[0] and "unseen verbs refused" in k.table(ev.records)[0]
+
+
+def test_methods_are_laid_side_by_side_on_the_models_that_all_have_them(tmp_path):
+    p = profile("organism")
+    write(tmp_path, p)
+    write(tmp_path / "default-0", p, methods=(UNTUNED, LORA, PAPER))
+    write(tmp_path / "attacked", p, methods=(PAPER,))
+    others = k.models(tmp_path)
+    assert list(others) == ["default-0"] and set(others["default-0"]) == {UNTUNED, LORA, PAPER}
+    better = found(lora=0.1, ours=0.8).records
+    rows = k.across({"a": found(lora=0.4, ours=0.6).records, "b": better, "c": others["default-0"]})
+    assert [row["method"] for row in rows] == [PAPER, LORA]
+    by_hand = better[PAPER].matrix("refused_unseen").mean() - better[UNTUNED].matrix("refused_unseen").mean()
+    assert rows[0]["b: change"].estimate == pytest.approx(by_hand) and rows[0]["b: gain"].estimate == pytest.approx(1)
+    assert k.across({}) == []
+
+
+def test_the_claims_on_other_models_are_ruled_with_random_subspaces_of_the_nearest_rank():
+    from helpers.review.tuning import model_variants
+
+    models = {"default-0": found(lora=0.4, ours=0.9, random=0.4, at_16=0.9).records}
+    assert [one.verdict for one in model_variants("C6", models)] == ["reproduced"]
+    (eight,) = model_variants("C8", models)
+    assert (eight.choice, eight.value, eight.verdict) == ("model", "default-0", "reproduced")
+    assert model_variants("C8", {"x": {name: models["default-0"][name] for name in (UNTUNED, LORA)}}) == []

@@ -139,6 +139,28 @@ def load(folder: Path = RESULTS) -> dict[str, Record]:
     }  # fmt: skip
 
 
+def models(folder: Path = RESULTS) -> dict[str, dict[str, Record]]:
+    """{model: records} of the models that have a folder of their own in `folder`; the main one's files are `load`'s."""
+    own = sorted(path.parent for path in Path(folder).glob("*/untuned.json"))
+    return {path.name: load(path) for path in own if (path / "lora.json").is_file()}
+
+
+def across(found: Mapping[str, Mapping[str, Record]], measure: str = "refused_unseen") -> list[dict[str, Any]]:
+    """One row per method that every model was trained with: of each model the paired change of a measure from the
+    untuned one, and GAIN. Story: notebooks/06_orthogonal_finetuning.
+    """
+    ready = {model: {name for name, one in records.items() if one.chosen is not None and one.method != "untuned"}
+             for model, records in found.items()}  # fmt: skip
+    rows = []
+    for name in (name for name in next(iter(found.values()), {}) if all(name in ready[model] for model in found)):
+        row: dict[str, Any] = {"method": name}
+        for model, records in found.items():
+            row[f"{model}: change"] = difference(records[name], records["untuned"], measure)
+            row[f"{model}: gain"] = gain_ratio(records[name], records["LoRA"], records["untuned"])
+        rows.append(row)
+    return sorted(rows, key=lambda row: -min(row[f"{model}: change"].estimate for model in found))
+
+
 def share(record: Record, measure: str, poison: float = 0.0) -> Interval:
     """Share of yes over seeds × prompts under the chosen setting."""
     return bootstrap_grid(record.matrix(measure, poison), clusters=record.clusters(measure))

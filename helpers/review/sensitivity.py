@@ -17,7 +17,7 @@ from helpers.finetune import comparison
 from helpers.report import Picture, Table, forest, table
 from helpers.report.claims import VERDICTS
 from helpers.review.steering import METHODS, steering_variants
-from helpers.review.tuning import LORA, UNTUNED, c6_variants, c8_variants
+from helpers.review.tuning import LORA, UNTUNED, c6_variants, c8_variants, model_variants
 from helpers.review.tuning import OURS as PROTECTED
 from helpers.review.tuning import RANDOM as CHANCE
 from helpers.stats import Interval
@@ -48,6 +48,8 @@ def variants(claims: Sequence[Mapping[str, Any]], p: Profile) -> Found:
             mine += c6_variants(tuned)
         if id == "C8" and {LORA, UNTUNED, PROTECTED, CHANCE} <= set(tuned):
             mine += c8_variants(tuned)
+        if embedded and id in ("C6", "C8"):
+            mine += model_variants(id, comparison.models())
         mine += _models(row["details"]) + ([] if id in METHODS else _siblings(row["details"]))
         order = {choice: i for i, choice in enumerate(CHOICES)}
         found[id] = sorted(mine, key=lambda one: order.get(one.choice, len(order)))

@@ -61,5 +61,24 @@ def c8_variants(records: Mapping[str, Record]) -> list[Variant]:
             for choice, value, view, one in found]  # fmt: skip
 
 
+def model_variants(id: str, models: Mapping[str, Mapping[str, Record]]) -> list[Variant]:
+    """C6 or C8 on embedded models of other training seeds: the same methods, chosen and trained on each.
+
+    Random subspaces are those of the rank nearest to the protected one's. Story: notebooks/07_claims.
+    """
+    found = []
+    for name, records in models.items():
+        if id == "C6":
+            one = tuned(records[LORA], records[UNTUNED], View())
+            found.append(Variant.ruled("model", name, one.refusal_drop, c6(one)))
+        elif {OURS, RANDOM} <= set(records) and records[OURS].chosen is not None:
+            ours, random = records[OURS], records[RANDOM]
+            settings = sorted({arm.setting for arm in random.arms if not arm.poison})
+            one = constrained(ours, random, records[LORA], records[UNTUNED], View(),
+                              random_setting=nearest(settings, ours.chosen))  # fmt: skip
+            found.append(Variant.ruled("model", name, one.refusal_over_lora, c8(one)))
+    return found
+
+
 def _seeds(n: int) -> str:
     return f"{n} seed" + "s" * (n > 1)
