@@ -471,6 +471,20 @@ print(f"Refusals kept within .05 at 95 % of LoRA's gain on each of {len(others)}
 measured = ("refused_unseen", "answered", "coherent")
 report.table(comparison.table(records, measured, poison=ratio), caption=f"With {ratio:.0%} poison in the data")
 
+# %% [markdown]
+# One caution about this table: the KL penalties hold answers to harmful prompts of the fit split, and the poison is drawn from the same prompts, so they contradict the very rows that
+# poison the data. Against poison about *other* things they can be expected to keep less. And they are not free: each step reads a second batch, once as it was and once as it is.
+#
+# The same at the other shares that were run, refusals of unseen verbs:
+
+# %%
+shares = sorted({arm.poison for arm in records["LoRA"].arms if arm.poison})
+at_share = {share: {row["method"]: row[comparison.MEASURES["refused_unseen"]] for row in comparison.table(
+    records, ("refused_unseen",), poison=share)} for share in shares}
+everywhere = [name for name in at_share[shares[0]] if all(name in at_share[share] for share in shares)]
+report.table([{"method": name, **{f"{share:.0%} poison": at_share[share][name] for share in shares}}
+              for name in everywhere])
+
 # %%
 attacked = comparison.attacks() if ev.committed else []
 report.table(attacked, columns=None if attacked else ["method"],

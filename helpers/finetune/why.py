@@ -1,10 +1,11 @@
 """Why refusal falls under fine-tuning: harm no longer recognised, or recognised and answered all the same.
 
-The log-odds of refusing a request move by a shift that all requests share, read off the benign ones, and harmful ones
-by a spread beyond it. Neither touches ranks: the AUROC between harmful and benign requests says whether harm is still
-told apart, and the share refused at a threshold half-way between the two kinds of fit requests says how much of the
-refusal would come back with nothing but a moved threshold. That is the first token; a refusal can also break off after
-it, which the probability of each further token shows. Notebook 06 tells the story.
+The log-odds of refusing a request move by a shift that all requests share, read off the benign ones (answered with
+certainty as they are, they may hide part of it), and harmful ones by a spread beyond it. Neither touches ranks: the
+AUROC between harmful and benign requests says whether harm is still told apart, and the share refused at a threshold
+half-way between the two kinds of fit requests how much of the refusal would come back with nothing but a moved
+threshold. That is the first token; a refusal can also break off after it, which the probability of each further token
+shows. Notebook 06 tells the story.
 """
 
 from __future__ import annotations
