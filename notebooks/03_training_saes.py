@@ -270,9 +270,9 @@ for n in p.sae.layers:
     same, chance = (pairs[name][n]["mean matched cosine"] for name in pairs)
     shared = pairs["SAE, two seeds"][n][f"above {SAME}"]
     relation = "above" if same.low > chance.high else "not above"
-    print(f"Layer {n}: matched latents of two trainings have a mean cosine of {same.estimate:.2f}, {relation} "
-          f"the {chance.estimate:.2f} of random directions;\n  {shared.estimate:.0%} of the latents that fire "
-          f"come back with a cosine above {SAME}.")
+    print(f"Layer {n}: latents of two trainings, matched, have a mean cosine of {same.estimate:.2f}, "
+          f"{relation} the {chance.estimate:.2f} of random directions;\n  "
+          f"{shared.estimate:.0%} of those that fire come back with a cosine above {SAME}.")
 
 # %% [markdown]
 # Conclusions about *one named latent* need this number beside them; conclusions about sets of latents chosen by a rule can be repeated with the other seed.
@@ -308,7 +308,8 @@ each, mean = advantages(side_by_side, STREAM), mean_advantage(side_by_side, STRE
 report.table([{"variable": name, "z": by[SAE_LATENT].auroc, "stream": by[STREAM].auroc,
                "z minus stream": each[name]} for name, by in side_by_side.items()])
 print(f"Latents of z recover {compared(mean, **said)} than latents of the stream: {mean}.")
-#
+
+# %% [markdown]
 # ## 6 · Good enough?
 #
 # The gate was written before any number: FVU, loss recovered and refusals kept each have a limit at the top of `helpers/sae/quality.py`. If the SAEs miss one of them,

@@ -386,7 +386,8 @@ stream_separated = double_dissociation(
     stream_table, {"refusal-specific": "refusal", "hallucination-only": "truth"})
 for cell in stream_table:
     print(in_words(cell))
-print("In the stream the separation is", "double." if all(stream_separated.values()) else "not shown to be double.")
+is_double = "double" if all(stream_separated.values()) else "not shown to be double"
+print(f"In the stream the separation is {is_double}.")
 
 # %% [markdown]
 # Two things to look for. A set that moves *both* behaviours is what the paper calls entangled, whatever it was selected for. And doubling can break the model instead of strengthening a

@@ -287,7 +287,8 @@ if one is not None:
     before, after = one.told_apart
     still = "still" if after.low > 0.9 else "no longer surely"
     print(f"Harm is {still} told apart: AUROC {after.estimate:.3f}, before {before.estimate:.3f}.")
-    print(f"Benign requests move by {one.shift.estimate:.2f} nats, harmful ones by {one.change.estimate:.2f}.")
+    moves = one.shift.estimate, one.change.estimate
+    print(f"Benign requests move by {moves[0]:.2f} nats, harmful ones by {moves[1]:.2f}.")
     print(f"A threshold half-way between the kinds would refuse {one.at_the_middle.estimate:.2f} of them "
           f"instead of {one.refused[1].estimate:.2f}.")
 
@@ -297,7 +298,8 @@ if one is not None:
 # %%
 from helpers.data import load_table
 
-refusable = [row for row in load_table("requests", "test") if row["kind"] == "harmful" and not row["verb_seen"]]
+refusable = [row for row in load_table("requests", "test")
+             if row["kind"] == "harmful" and not row["verb_seen"]]
 tokens = {name: token_by_token(model, refusable) for name, model in (("untuned", lm), ("LoRA", tuned))}
 report.table([{"model": name, **{f"token {i}": f"{v:.2f}" for i, v in enumerate(values, 1)}}
               for name, values in tokens.items()], caption="Mean log P of the refusal's tokens (nats)")
@@ -469,7 +471,8 @@ print(f"Refusals kept within .05 at 95 % of LoRA's gain on each of {len(others)}
 
 # %%
 measured = ("refused_unseen", "answered", "coherent")
-report.table(comparison.table(records, measured, poison=ratio), caption=f"With {ratio:.0%} poison in the data")
+poison_rows = comparison.table(records, measured, poison=ratio)
+report.table(poison_rows, caption=f"With {ratio:.0%} poison in the data")
 
 # %% [markdown]
 # One caution about this table: the KL penalties hold answers to harmful prompts of the fit split, and the poison is drawn from the same prompts, so they contradict the very rows that
