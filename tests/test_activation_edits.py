@@ -59,6 +59,11 @@ def test_every_block_has_its_own_edit_and_a_copy_of_the_model_generates_with_the
     assert generate(tuned, ["add 1 and 1"], max_new_tokens=8)[0].text != plain
 
 
+def test_every_edit_reads_directions_of_its_own(tiny_llama):
+    edits = train_edits(fresh(tiny_llama), ROWS, replace(CFG, steps=1, lr=0.0)).model.activation_edits
+    assert edits[0].b.norm() == 0 and not torch.allclose(edits[0].a, edits[1].a)
+
+
 def test_one_seed_gives_one_edit_and_another_another(tiny_llama):
     one, same, other = (train_edits(fresh(tiny_llama), ROWS, replace(CFG, seed=s)).model for s in (1, 1, 2))
     assert torch.equal(one.activation_edits[0].b, same.activation_edits[0].b)

@@ -50,6 +50,16 @@ def test_the_rules_get_falls_and_differences_with_the_right_sign():
     assert poisoned.seeds() == [] and poisoned.seeds(0.1) == [0, 1, 2]
 
 
+def test_wrong_answers_are_counted_under_the_papers_method():
+    ev = found()
+    ones = lambda arm: {"test": arm.bits["test"] | {"wrong": "1" * len(arm.bits["test"]["wrong"])}}  # noqa: E731
+    arms = tuple(replace(arm, bits=ones(arm)) for arm in ev.records[PAPER].arms)
+    worse = replace(ev, records=ev.records | {PAPER: replace(ev.records[PAPER], arms=arms)})
+    before = ev.records[UNTUNED].matrix("wrong").mean()
+    assert e.constrained(worse).hallucination_rise.estimate == pytest.approx(1 - before)
+    assert c8(e.constrained(worse)).verdict == "not reproduced"
+
+
 def test_the_random_control_has_the_rank_of_the_papers_method_and_not_its_own_choice():
     ev = found()
     assert ev.rank == 4 and ev.main[e.EQUAL].matrix("refused").mean() == pytest.approx(0.5, abs=0.01)
