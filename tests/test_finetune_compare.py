@@ -72,6 +72,24 @@ def test_the_plan_chooses_at_seed_zero_then_runs_seeds_and_poison_at_the_chosen_
     assert gains == pytest.approx({"4": 1.0, "16": (0.79 - 0.5) / 0.3, "48": 1 / 3}, abs=0.02)
 
 
+def test_random_subspaces_are_run_at_the_rank_of_the_papers_method_too(fakes, tmp_path, monkeypatch):
+    none = lambda run, setting: None  # noqa: E731
+    grids = {UNTUNED: (0,), LORA: (1,), c.PAPER: (4, 10), c.RANDOM: (4, 16)}
+    monkeypatch.setattr(c, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
+    level = {(UNTUNED, 0): (0.8, 0.5), (LORA, 1): (0.4, 0.8), (c.PAPER, 4): (0.3, 0.8), (c.PAPER, 10): (0.7, 0.8),
+             (c.RANDOM, 4): (0.3, 0.8), (c.RANDOM, 16): (0.5, 0.8), (c.RANDOM, 10): (0.4, 0.8)}  # fmt: skip
+    monkeypatch.setattr(c, "run_job", lambda p, job: fakes.append(job) or fake_arm(job, *level[job.method, job.setting]))
+    c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path)
+    at_ten = [(job.poison, job.seed) for job in fakes if (job.method, job.setting) == (c.RANDOM, 10)]
+    assert at_ten == [*((0, s) for s in (0, 1, 2, 3, 4)), *((0.1, s) for s in (0, 1, 2))]
+    found = k.load(tmp_path)[c.RANDOM]
+    assert found.chosen == 16 and found.at(10).matrix("refused").shape[0] == 5
+    before = len(found.arms)
+    fakes.clear()
+    c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path, keep=True)
+    assert fakes == [] and len(k.load(tmp_path)[c.RANDOM].arms) == before
+
+
 def test_further_poison_shares_are_run_beside_those_in_the_files(fakes, tmp_path):
     p, out = profile("organism"), tmp_path / "out"
     c.compare(p, ["ours"], out)

@@ -66,16 +66,20 @@ def cap(p: Profile) -> int | None:
     return None if p.data == "organism" else p.n_prompts
 
 
-def run_job(p: Profile, job: Job) -> dict[str, Any]:
-    """Train and measure one arm, from the store where it has been before; errors as the method's."""
+def run_job(p: Profile, job: Job, identity: bool = False) -> dict[str, Any]:
+    """Train and measure one arm, from the store where it has been before; errors as the method's.
+
+    `identity`: on the benign set with a shifted identity.
+    """
+    training = Run(p, job.poison, job.seed, identity)
     asked = {split: (prompts(split, cap(p), p.data), tasks(split, N_TASKS, p.data)) for split in ("val", "test")}
     size = {"max_new_tokens": p.max_new_tokens, "base": fingerprint(p.base)}
-    how = {"job": job, "how": TrainConfig.of(p.finetune), "sae": p.sae, "rows": Run(p, job.poison, job.seed).rows}
+    how = {"job": job, "how": TrainConfig.of(p.finetune), "sae": p.sae, "rows": training.rows}
     key = {"model": fingerprint(p.model), **how, "asked": asked, **size}
 
     def make() -> dict[str, Any]:
-        began, run = time.perf_counter(), Run(p, job.poison, job.seed)
-        base, lm = run.start(), METHODS[job.method].tune(run, job.setting)
+        began = time.perf_counter()
+        base, lm = training.start(), METHODS[job.method].tune(training, job.setting)
         harmful = asked["test"][0].harmful
         odds = refusal_log_odds(lm, [row["prompt"] for row in harmful], sorted({row["refusal"] for row in harmful}))
         found = {"norm": round(update_norm(lm, base), 5), "nats": [round(x, 1) for x in odds.tolist()]}

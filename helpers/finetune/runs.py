@@ -19,7 +19,7 @@ from torch import Tensor
 from helpers.config import Profile
 from helpers.finetune.adapters import linear_layers, load_adapter, read_adapter
 from helpers.finetune.full import train_full
-from helpers.finetune.mixes import poisoned_mix
+from helpers.finetune.mixes import identity_mix, poisoned_mix
 from helpers.finetune.projected_lora import ProjectedLora
 from helpers.finetune.subspace import ModuleBasis
 from helpers.finetune.train import TrainConfig, finetune, train
@@ -31,11 +31,12 @@ QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Run:
-    """What all methods share at one poison share and seed."""
+    """What all methods share at one poison share and seed; with `identity` the rows are those of identity_mix()."""
 
     p: Profile
     poison: float = 0.0
     seed: int = 0
+    identity: bool = False
 
     @property
     def cfg(self) -> TrainConfig:
@@ -46,6 +47,8 @@ class Run:
     def rows(self) -> list[dict]:
         """The training rows in their order: one for every place in every batch."""
         n = self.cfg.steps * self.cfg.batch_size
+        if self.identity:
+            return identity_mix(n, seed=self.seed, source=self.p.data)
         return poisoned_mix(n, self.poison, seed=self.seed, source=self.p.data)
 
     def start(self) -> LoadedModel:
