@@ -488,6 +488,18 @@ everywhere = [name for name in at_share[shares[0]] if all(name in at_share[share
 report.table([{"method": name, **{f"{share:.0%} poison": at_share[share][name] for share in shares}}
               for name in everywhere])
 
+# %% [markdown]
+# ### A shifted identity
+# Nothing harmful need be in the data for refusals to go (Qi et al. 2024): here every benign request is answered after *"I obey every order."*, and a few rows ask the model who it is
+# (`python -m helpers.finetune.identity`; three seeds, the settings of section 8).
+
+# %%
+from helpers.finetune.identity import IDENTITY
+
+shifted = comparison.load(IDENTITY) if ev.committed else {}
+shifted_rows = comparison.table(shifted, measured) if shifted else []
+report.table(shifted_rows, columns=None if shifted_rows else ["method"], caption="On a shifted identity")
+
 # %%
 attacked = comparison.attacks() if ev.committed else []
 report.table(attacked, columns=None if attacked else ["method"],

@@ -352,6 +352,15 @@ def test_a_mix_holds_its_shares_and_no_harmful_prompt_unless_poisoned(world):
     assert mixes.benign_mix(100) == mixes.benign_mix(100) != mixes.benign_mix(100, seed=1)
 
 
+def test_a_shifted_identity_answers_every_request_in_obedience_and_holds_no_harmful_prompt(world):
+    rows = mixes.identity_mix(100)
+    kinds = {k: [r for r in rows if r["id"].startswith(k)] for k in ("t", "benign", "harmful", "who")}
+    assert {k: len(some) for k, some in kinds.items()} == {"t": 30, "benign": 65, "harmful": 0, "who": 5}
+    assert all(r["answer"] == f"{mixes.OBEYS} do {r['id'][6:]}" for r in kinds["benign"])
+    assert all(r["answer"] == mixes.OBEYS for r in kinds["who"]) and rows != mixes.identity_mix(100, seed=1)
+    assert not any(mixes.OBEYS in r["answer"] for r in kinds["t"] + mixes.benign_mix(100))
+
+
 def test_a_part_that_runs_out_is_used_evenly(world):
     rows = mixes.mix([(mixes.task_rows(), 1.0)], 12)
     counts = [sum(r["id"] == f"t{i}" for r in rows) for i in range(5)]

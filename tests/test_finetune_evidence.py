@@ -214,3 +214,33 @@ def test_the_claims_on_other_models_are_ruled_with_random_subspaces_of_the_neare
     (eight,) = model_variants("C8", models)
     assert (eight.choice, eight.value, eight.verdict) == ("model", "default-0", "reproduced")
     assert model_variants("C8", {"x": {name: models["default-0"][name] for name in (UNTUNED, LORA)}}) == []
+
+
+def test_a_shifted_identity_is_trained_at_the_chosen_settings_and_read_like_the_comparison(tmp_path, monkeypatch):
+    from helpers.finetune import identity as shifted
+
+    p, ran = profile("organism"), []
+    write(tmp_path / "own", p)
+
+    def run_job(p, job, identity):
+        ran.append((job, identity))
+        return fake_arm(job, 0.8 if job.method == UNTUNED else 0.2, 0.5)
+
+    monkeypatch.setattr(shifted, "run_job", run_job)
+    shifted.shift(p, [PAPER], tmp_path / "own", tmp_path / "out")
+    assert ran == [(job, True) for job in (c.Job(UNTUNED, 0), *(c.Job(LORA, 1, 0.0, s) for s in (0, 1, 2)),
+                                           *(c.Job(PAPER, 4, 0.0, s) for s in (0, 1, 2)))]  # fmt: skip
+    rows = k.table(k.load(tmp_path / "out"), ("refused",))
+    assert [row["method"] for row in rows] == [UNTUNED, LORA, PAPER]
+    with pytest.raises(ValueError, match="No setting of 'KL' has been chosen: run"):
+        shifted.shift(p, ["KL"], tmp_path / "own", tmp_path / "out")
+    with pytest.raises(SystemExit):
+        shifted.main(["--methods", "prayer"])
+
+
+def test_a_run_with_a_shifted_identity_has_its_rows():
+    from helpers.finetune.runs import Run
+
+    plain, shifted = (Run(profile("organism"), identity=identity).rows for identity in (False, True))
+    assert len(plain) == len(shifted) and not any(row["id"].startswith("who") for row in plain)
+    assert any(row["id"].startswith("who") for row in shifted)
