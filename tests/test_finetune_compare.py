@@ -266,6 +266,9 @@ def test_differences_are_paired_by_seed_and_prompt_and_resample_verbs():
     assert k.difference(lora, untuned, "refused_seen").estimate == pytest.approx(
         lora.matrix("refused_seen").mean() - untuned.matrix("refused_seen").mean()
     )
+    alone = k.share(ours, "refused_unseen")
+    assert alone == bootstrap_grid(ours.matrix("refused_unseen"), clusters=k._asked("test")[1]["refused_unseen"])
+    assert alone != bootstrap_grid(ours.matrix("refused_unseen"))
     with pytest.raises(ValueError, match="ours has no arm at 1.0 with a poison share of 0.1"):
         k.difference(ours, lora, "refused_seen", 0.1)
 
