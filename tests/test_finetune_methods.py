@@ -510,3 +510,12 @@ def test_the_attack_trains_on_from_the_defended_model_and_leaves_it_as_it_is(run
     for bad in ((), (0, 5), (5, 2)):
         with pytest.raises(ValueError, match="must increase from at least 1"):
             next(aftermath.attack(defended, run, bad))
+
+
+def test_other_rows_are_trained_on_under_a_constraint_and_the_runs_own_come_from_the_store(run):
+    bases = module_bases(run.start(), RefusalSubspace(random_subspace(32, 3)))
+    own, again = (weights(runs.lora(run, subspaces=bases)) for _ in range(2))
+    other = weights(runs.lora(run, rows=list(reversed(run.rows))[:4], subspaces=bases))
+    name = next(iter(own))
+    assert torch.equal(own[name], again[name]) and not torch.allclose(own[name], other[name])
+    assert runs.adapter(run, bases) == runs.adapter(run, bases)
