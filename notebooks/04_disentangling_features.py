@@ -20,7 +20,7 @@
 # How features were scored, and every threshold below, is this companion's own choice **[own]**: the paper's are not known to us. No number of the paper is reproduced
 # here, only whether the separation exists, with intervals and controls.
 #
-# *Run time: about a minute on two processor cores once notebook 03 has trained the SAEs. Memory: under 2 GB.*
+# *Run time: about a minute and a half on two processor cores once notebook 03 has trained the SAEs. Memory: under 2 GB.*
 #
 # Afterwards you will be able to
 # - ask of a latent both *when it fires* and *what it pushes towards*, and why one without the other misleads;

@@ -196,7 +196,8 @@ report.table([{"model": name, "seed": arm.seed, "answers as in the file": same[n
                "in the file": ev.main[name].matrix("refused")[0].mean()} for name, arm in arms.items()])
 
 # %% [markdown]
-# On the machine that made the files all answers are the same, bit by bit; another processor rounds differently, and a few answers flip.
+# Equal code on one machine gives equal answers, bit by bit; another processor rounds differently, and a few answers flip. A few also flip where a subspace comes from SAEs that were trained
+# anew: the file's arms off refusal latents stand on SAEs of an earlier version of this code.
 
 # %%
 from helpers.finetune.evidence import rates
@@ -316,6 +317,7 @@ report.table([{"model": name, **{f"token {i}": f"{v:.2f}" for i, v in enumerate(
 from helpers.finetune.projected_lora import leak
 from helpers.finetune.runs import adapter
 
+bases = module_bases(lm, subspace(p, ours.removeprefix("off "), ev.rank))
 saved = adapter(run, bases)
 half, base = torch.bfloat16, lm.model
 leaks = {
@@ -440,7 +442,7 @@ print("Within .05 of the untuned model's refusals at 95 % of LoRA's gain:", ", "
 # (`helpers/finetune/methods.py` says so), then chosen by the rule and trained with the five seeds shown here.
 #
 # Settings differ in how much they learn, so the same methods at **matched utility**: along each method's grid (seed 0, test prompts, straight lines between settings; it describes and chooses nothing),
-# the refusal of unseen verbs where 80 % and 90 % of plain LoRA's gain are reached.
+# the refusal of unseen verbs where 80 % and 90 % of plain LoRA's gain are reached; empty where a grid never gets there.
 
 # %%
 matched = [{"method": name, **{f"at {share:.0%} of the gain": comparison.at_utility(
