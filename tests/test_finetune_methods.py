@@ -519,3 +519,20 @@ def test_other_rows_are_trained_on_under_a_constraint_and_the_runs_own_come_from
     name = next(iter(own))
     assert torch.equal(own[name], again[name]) and not torch.allclose(own[name], other[name])
     assert runs.adapter(run, bases) == runs.adapter(run, bases)
+
+
+def test_constrained_full_fine_tuning_and_edits_use_the_latents_and_their_own_rate(run, monkeypatch):
+    held = RefusalSubspace(random_subspace(32, 3), method="fake")
+    asked, base = [], weights(run.start())
+    monkeypatch.setattr(methods, "subspace", lambda p, kind, rank: asked.append((kind, rank)) or held)
+    bases = module_bases(run.start(), held)
+    tuned = weights(METHODS["full, off refusal latents"].tune(run, 1e-3))
+    for name, where in bases.items():
+        delta, u = (tuned[name] - base[name]).double(), where.basis.double()
+        part = u.T @ delta if where.side == "out" else delta @ u
+        assert part.norm() < 1e-2 * delta.norm()
+    for name, off in (("activation edits", 0), ("activation edits off refusal latents", 3)):
+        slow, fast = (METHODS[name].tune(run, lr).model.activation_edits for lr in (1e-4, 1e-2))
+        assert slow[0].off.shape == fast[1].off.shape == (32, off)
+        assert fast[0].b.norm() > 10 * slow[0].b.norm() > 0
+    assert set(asked) == {("refusal latents", 10)}
