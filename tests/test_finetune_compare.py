@@ -81,14 +81,21 @@ def test_random_subspaces_are_run_at_the_rank_of_the_papers_method_too(fakes, tm
     made = lambda job: fake_arm(job, *level[job.method, job.setting])  # noqa: E731
     monkeypatch.setattr(c, "run_job", lambda p, job: fakes.append(job) or made(job))
     c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path)
-    at_ten = [(job.poison, job.seed) for job in fakes if (job.method, job.setting) == (c.RANDOM, 10)]
-    assert at_ten == [*((0, s) for s in (0, 1, 2, 3, 4)), *((0.1, s) for s in (0, 1, 2))]
+    ran = {(name, at): [(j.poison, j.seed) for j in fakes if (j.method, j.setting) == (name, at)]
+           for name in (c.PAPER, c.RANDOM) for at in (4, 10, 16)}  # fmt: skip
+    benign, poison = [(0, s) for s in range(5)], [(0.1, s) for s in range(3)]
+    assert ran[c.RANDOM, 10] == ran[c.PAPER, 10] == benign + poison  # the chosen rank
+    assert ran[c.RANDOM, 4] == ran[c.PAPER, 4] == benign  # the paper's other rank is swept without poison
+    assert ran[c.RANDOM, 16] == benign + poison and ran[c.PAPER, 16] == []  # random subspaces' own choice
     found = k.load(tmp_path)[c.RANDOM]
     assert found.chosen == 16 and found.at(10).matrix("refused").shape[0] == 5
     before = len(found.arms)
     fakes.clear()
     c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path, keep=True)
     assert fakes == [] and len(k.load(tmp_path)[c.RANDOM].arms) == before
+    c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path / "chosen", sweep=False)
+    assert [job.seed for job in fakes if job.setting == 4 and job.method in (c.PAPER, c.RANDOM)] == [0, 0]
+    assert len([job for job in fakes if (job.method, job.setting) == (c.RANDOM, 10)]) == 8
 
 
 def test_further_poison_shares_are_run_beside_those_in_the_files(fakes, tmp_path):
@@ -130,11 +137,11 @@ def test_poison_shares_are_shares_and_differ(fakes, tmp_path, shares):
 
 def test_the_command_line_passes_the_poison_shares_on(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(c, "compare", lambda *how: asked.append(how[-1]))
+    monkeypatch.setattr(c, "compare", lambda *how, sweep: asked.append((how[-1], sweep)))
     c.main(["--poison", "0.05", "0.2", "--out", str(tmp_path)])
     c.main(["--out", str(tmp_path)])
-    c.main(["--poison", "--out", str(tmp_path)])
-    assert asked == [[0.05, 0.2], None, []]  # None: the profile's own
+    c.main(["--poison", "--out", str(tmp_path), "--models", "default-1", "default-0"])
+    assert asked == [([0.05, 0.2], True), (None, True), ([], True), ([], False)]  # None: the profile's own
 
 
 def test_test_prompts_choose_nothing(fakes, tmp_path, monkeypatch):

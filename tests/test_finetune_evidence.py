@@ -10,6 +10,7 @@ import torch
 from test_finetune_compare import fake_arm, record
 
 from helpers.config import profile
+from helpers.evaluate.behaviour import requests
 from helpers.evaluate.verdicts import c6, c8
 from helpers.finetune import compare as c
 from helpers.finetune import comparison as k
@@ -216,31 +217,77 @@ def test_the_claims_on_other_models_are_ruled_with_random_subspaces_of_the_neare
     assert model_variants("C8", {"x": {name: models["default-0"][name] for name in (UNTUNED, LORA)}}) == []
 
 
-def test_a_shifted_identity_is_trained_at_the_chosen_settings_and_read_like_the_comparison(tmp_path, monkeypatch):
-    from helpers.finetune import identity as shifted
+@pytest.mark.parametrize("name", ["identity", "same verbs", "other verbs"])
+def test_a_scenario_is_trained_at_the_chosen_settings_and_read_like_the_comparison(tmp_path, monkeypatch, name):
+    from helpers.finetune import scenarios
 
-    p, ran = profile("organism"), []
+    p, ran, one = profile("organism"), [], scenarios.SCENARIOS[name]
     write(tmp_path / "own", p)
 
-    def run_job(p, job, identity):
-        ran.append((job, identity))
+    def run_job(p, job, data):
+        ran.append((job, data))
         return fake_arm(job, 0.8 if job.method == UNTUNED else 0.2, 0.5)
 
-    monkeypatch.setattr(shifted, "run_job", run_job)
-    shifted.shift(p, [PAPER], tmp_path / "own", tmp_path / "out")
-    assert ran == [(job, True) for job in (c.Job(UNTUNED, 0), *(c.Job(LORA, 1, 0.0, s) for s in (0, 1, 2)),
-                                           *(c.Job(PAPER, 4, 0.0, s) for s in (0, 1, 2)))]  # fmt: skip
-    rows = k.table(k.load(tmp_path / "out"), ("refused",))
+    monkeypatch.setattr(scenarios, "run_job", run_job)
+    scenarios.train_on(p, one, [PAPER], tmp_path / "own", tmp_path / "out")
+    share = 0.0 if name == "identity" else 0.1
+    assert ran == [(job, name) for job in (c.Job(UNTUNED, 0), *(c.Job(LORA, 1, share, s) for s in (0, 1, 2)),
+                                           *(c.Job(PAPER, 4, share, s) for s in (0, 1, 2)))]  # fmt: skip
+    rows = k.table(k.load(tmp_path / "out"), ("refused",), poison=share)
     assert [row["method"] for row in rows] == [UNTUNED, LORA, PAPER]
     with pytest.raises(ValueError, match="No setting of 'KL' has been chosen: run"):
-        shifted.shift(p, ["KL"], tmp_path / "own", tmp_path / "out")
-    with pytest.raises(SystemExit):
-        shifted.main(["--methods", "prayer"])
+        scenarios.train_on(p, one, ["KL"], tmp_path / "own", tmp_path / "out")
 
 
-def test_a_run_with_a_shifted_identity_has_its_rows():
+def test_scenarios_lie_in_folders_of_their_own_and_unknown_ones_are_named(capsys):
+    from helpers.finetune import scenarios
+
+    names = [one.folder.name for one in scenarios.SCENARIOS.values()]
+    assert names == ["finetuning-identity", "finetuning-same-verbs", "finetuning-other-verbs"]
+    for argv, words in ((["heaven"], "no scenario 'heaven'"), (["--methods", "prayer"], "no method prayer")):
+        with pytest.raises(SystemExit):
+            scenarios.main(argv)
+        assert words in capsys.readouterr().err
+
+
+def test_a_run_has_the_rows_of_its_data_and_names_the_kinds_there_are():
     from helpers.finetune.runs import Run
 
-    plain, shifted = (Run(profile("organism"), identity=identity).rows for identity in (False, True))
+    plain, shifted = (Run(profile("organism"), data=data).rows for data in ("", "identity"))
     assert len(plain) == len(shifted) and not any(row["id"].startswith("who") for row in plain)
     assert any(row["id"].startswith("who") for row in shifted)
+    with pytest.raises(ValueError, match="no rows 'sugar'; the kinds are '', 'identity', 'same verbs', 'other verbs'"):
+        Run(profile("organism"), data="sugar")
+
+
+def test_poison_of_half_the_verbs_meets_a_defence_that_has_those_or_just_the_others():
+    from helpers.finetune.runs import Run
+
+    p = profile("organism")
+    of = {row["prompt"]: row["verb"] for row in requests("harmful", "fit", None, "organism")}
+    poison = {data: {of[row["prompt"]] for row in Run(p, 0.2, 0, data).rows if row["prompt"] in of}
+              for data in ("", "same verbs", "other verbs")}  # fmt: skip
+    same, other = (Run(p, 0.2, 0, data) for data in ("same verbs", "other verbs"))
+    assert same.rows == other.rows and Run(p, 0.2).held is None
+    assert poison["same verbs"] == poison["other verbs"] == set(same.held) < poison[""] == set(of.values())
+    assert not set(same.held) & set(other.held) and set(same.held) | set(other.held) == set(of.values())
+    assert abs(len(same.held) - len(other.held)) <= 1
+
+
+@pytest.mark.parametrize("method", ["replay", "KL", "KL on whole answers", "SaLoRA"])
+def test_a_defence_uses_harmful_prompts_of_no_other_verbs_than_those_it_may_hold(method, monkeypatch):
+    from helpers.finetune import methods as m
+    from helpers.finetune.runs import Run
+
+    run = Run(profile("organism"), 0.1, 0, "other verbs")
+    of, seen = {row["prompt"]: row["verb"] for row in requests("harmful", "fit", None, "organism")}, []
+    poisoned = {row["prompt"] for row in run.rows if row["prompt"] in of}
+    keep = lambda prompts: seen.extend(of[text] for text in prompts)  # noqa: E731
+    for name in ("prompt_kl", "answer_kl", "safety_bases"):
+        monkeypatch.setattr(m, name, lambda lm, prompts, *rest, **how: keep(prompts))
+    monkeypatch.setattr(m, "lora", lambda run, rows=(), **how: keep(
+        row["prompt"] for row in rows if row["prompt"] in of and row["prompt"] not in poisoned) or run.start())
+    fresh = {"prompt_kl": m._kl(m.prompt_kl), "answer_kl": m._kl(m.answer_kl)}
+    tune = {"KL": fresh["prompt_kl"], "KL on whole answers": fresh["answer_kl"]}.get(method, m.METHODS[method].tune)
+    tune(run, 0.5 if method == "replay" else 4)
+    assert set(seen) == set(run.held)

@@ -358,7 +358,7 @@ def test_moving_a_constraint_projects_at_once(tiny_folders):
 
 def test_replay_is_an_exact_share_and_leaves_all_other_rows_in_place():
     rows = mixes.benign_mix(400)
-    safe = {row["prompt"] for row in mixes.refusal_rows()}
+    safe = {row["prompt"] for row in mixes.harmful_rows()}
     for share, count in ((0.0, 0), (0.01, 4), (0.05, 20), (0.1, 40)):
         found = mixes.replayed(rows, share, seed=3)
         changed = [i for i, (a, b) in enumerate(zip(rows, found, strict=True)) if a != b]
@@ -378,7 +378,7 @@ def test_replay_is_an_exact_share_and_leaves_all_other_rows_in_place():
 @pytest.fixture
 def run(tiny_folders, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
-    monkeypatch.setattr(runs, "poisoned_mix", lambda n, poison, seed, source: [CHAT[i % len(CHAT)] for i in range(n)])
+    monkeypatch.setattr(runs, "poisoned_mix", lambda n, *_, **how: [CHAT[i % len(CHAT)] for i in range(n)])
     p = profile("organism")
     few = replace(p.finetune, rank=3, steps=8, batch_size=2)
     return Run(replace(p, model=str(tiny_folders["llama"]), finetune=few))
@@ -472,7 +472,7 @@ def test_kl_methods_hold_the_harmful_fit_prompts_with_the_runs_batch_and_seed(ru
 
 def test_kl_on_whole_answers_moves_the_held_answers_less_than_plain_lora(run, monkeypatch):
     rows = [row | {"refusal": "No, never."} for row in methods.harmful_rows("organism")[:4]]
-    monkeypatch.setattr(methods, "harmful_rows", lambda source: rows)
+    monkeypatch.setattr(methods, "harmful_rows", lambda source, verbs: rows)
     answers_are(monkeypatch, {row["prompt"]: row["refusal"] for row in rows})
     base = token_by_token(run.start(), rows)
     moved = {name: np.abs(token_by_token(METHODS[name].tune(run, weight), rows) - base)[1:].max()

@@ -66,15 +66,15 @@ def cap(p: Profile) -> int | None:
     return None if p.data == "organism" else p.n_prompts
 
 
-def run_job(p: Profile, job: Job, identity: bool = False) -> dict[str, Any]:
+def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
     """Train and measure one arm, from the store where it has been before; errors as the method's.
 
-    `identity`: on the benign set with a shifted identity.
+    `data`: one of runs.DATA.
     """
-    training = Run(p, job.poison, job.seed, identity)
+    training = Run(p, job.poison, job.seed, data)
     asked = {split: (prompts(split, cap(p), p.data), tasks(split, N_TASKS, p.data)) for split in ("val", "test")}
     size = {"max_new_tokens": p.max_new_tokens, "base": fingerprint(p.base)}
-    how = {"job": job, "how": TrainConfig.of(p.finetune), "sae": p.sae, "rows": training.rows}
+    how = {"job": job, "how": TrainConfig.of(p.finetune), "sae": p.sae, "rows": training.rows, "held": training.held}
     key = {"model": fingerprint(p.model), **how, "asked": asked, **size}
 
     def make() -> dict[str, Any]:
@@ -137,14 +137,16 @@ def compare(
     keep: bool = False,
     poison: Sequence[float] | None = None,
     grids: Mapping[str, Sequence[float]] | None = None,
+    sweep: bool = True,
 ) -> None:
     """Choose each method's setting, run its further seeds, then all with `poison` shares of poisoned rows (default: the
     profile's); every arm goes into its file in `out`.
 
     Plain LoRA and the untuned model are always among them, as the rule needs both; random subspaces are run at the rank
-    of the paper's method, too. `grids` gives methods other settings than their own. With `keep` the arms that the files
-    hold already are taken, also where other code made them (each arm names its code), and those at other poison shares
-    stay there. ValueError for unknown methods, and for poison shares that are not between 0 and 1 or come twice.
+    of the paper's method, too, and with `sweep` both at every rank of its grid with all seeds. `grids` gives methods
+    other settings than their own. With `keep` the arms that the files hold already are taken, also where other code
+    made them (each arm names its code), and those at other poison shares stay there. ValueError for unknown methods,
+    and for poison shares that are not between 0 and 1 or come twice.
     Story: notebooks/06_orthogonal_finetuning.
     """
     poison = [share for share in p.finetune.poison_ratios if share] if poison is None else poison
@@ -171,7 +173,7 @@ def compare(
         method = METHODS[name]
         head = {"method": name, "unit": method.unit, "grid": grid[name], "chosen": chosen.get(name)}
         on_val = {str(setting): asdict(one) for setting, one in seen(name).items()} if arms[LORA] else {}
-        ours = {*grid[name], *([chosen[PAPER]] if name == RANDOM and PAPER in chosen else [])}
+        ours = {*grid[name], *(grid[PAPER] if name == RANDOM and PAPER in grid else ())}
         held = {job: arm for job, arm in known.items() if job.method == name and job.setting in ours}
         every = list((arms[name] | held).values())
         write_json(out / f"{method.slug}.json", head_of_all | head | {"on_val": on_val, "arms": every})
@@ -193,9 +195,12 @@ def compare(
             write(name)
         for name in methods:
             work(poisoned(p, name, chosen[name], poison))
-        if RANDOM in methods and (equal := chosen.get(PAPER)) is not None:
-            every = [Job(RANDOM, equal), *further(p, RANDOM, equal), *poisoned(p, RANDOM, equal, poison)]
-            missing = [job for job in every if job not in arms[RANDOM]]
+        if equal := chosen.get(PAPER):
+            ranks = grid[PAPER] if sweep else (equal,)
+            both = [name for name in (PAPER, RANDOM) if name in methods]
+            every = [job for name in both for rank in ranks for job in (Job(name, rank), *further(p, name, rank))]
+            every += poisoned(p, RANDOM, equal, poison) if RANDOM in both else []
+            missing = [job for job in every if job not in arms[job.method]]
             progress.total += len(missing)
             work(missing)
 
@@ -262,7 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         p = replace(PROFILES["organism"], model=there[name])
         own = name == DEFAULT
         methods = [method for method in args.methods if own or method not in NEEDS_BASE]
-        compare(p, methods, args.out if own else args.out / name, args.workers, args.keep, args.poison)
+        out = args.out if own else args.out / name
+        compare(p, methods, out, args.workers, args.keep, args.poison, sweep=own)
 
 
 if __name__ == "__main__":

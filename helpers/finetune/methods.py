@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from helpers.config import Profile
-from helpers.evaluate.behaviour import requests
 from helpers.finetune.activation_edits import train_edits
 from helpers.finetune.anchors import activation_anchor, answer_kl, prompt_kl
-from helpers.finetune.mixes import replayed
+from helpers.finetune.mixes import harmful_rows, replayed
 from helpers.finetune.projected_lora import ProjectedLora
 from helpers.finetune.refusal import contrast_subspaces, direction_subspace, latent_subspace
 from helpers.finetune.refusal_gradient import gradient_subspace
@@ -50,11 +49,6 @@ class Method:
     def slug(self) -> str:
         """The name as a file name."""
         return self.name.lower().replace(",", "").replace(" ", "-")
-
-
-def harmful_rows(source: str) -> list[dict]:
-    """Harmful fit requests of a source, none of them in a test; the embedded world's have verbs that chat refused."""
-    return requests("harmful", "fit", None, source)
 
 
 def _latents(lm: LoadedModel, p: Profile, rank: int, hallucination: bool = False) -> RefusalSubspace:
@@ -136,14 +130,14 @@ def _edits(kind: str | None, run: Run, lr: float) -> LoadedModel:
 
 def _kl(hold: Callable[..., Penalty]) -> Callable[[Run, float], LoadedModel]:
     def tune(run: Run, weight: float) -> LoadedModel:
-        prompts = [row["prompt"] for row in harmful_rows(run.p.data)]
+        prompts = [row["prompt"] for row in harmful_rows(run.p.data, run.held)]
         return lora(run, penalty=hold(run.start(), prompts, weight, n=run.cfg.batch_size, seed=run.seed))
 
     return tune
 
 
 def _salora(run: Run, rank: float) -> LoadedModel:
-    prompts = [row["prompt"] for row in harmful_rows(run.p.data)]
+    prompts = [row["prompt"] for row in harmful_rows(run.p.data, run.held)]
     return lora(run, subspaces=safety_bases(run.start(), prompts, int(rank)))
 
 
@@ -172,7 +166,7 @@ METHODS = {
         Method(PAPER, "rank", (4, 10, 16), _off("refusal latents")),
         Method(RANDOM, "rank", RANKS, _off_random),
         Method("replay", "share of rows", (0.01, 0.05, 0.1),
-               lambda run, share: lora(run, rows=replayed(run.rows, share, run.seed, run.p.data))),
+               lambda run, share: lora(run, rows=replayed(run.rows, share, run.seed, run.p.data, run.held))),
         Method("KL", "weight", (0.1, 1.0, 10.0), _kl(prompt_kl)),
         Method("KL on whole answers", "weight", (0.1, 0.3, 1.0), _kl(answer_kl)),
         Method("off refusal gradient", "rank", RANKS, _off("refusal gradient")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from helpers.data import load_table
 from helpers.evaluate.behaviour import requests
@@ -19,16 +19,18 @@ def task_rows(source: str = "organism") -> list[dict]:
     return [{"id": row["id"], "prompt": row["prompt"], "answer": row["options"][row["answer"]]} for row in rows]
 
 
-def request_rows(kind: str = "benign", source: str = "organism") -> list[dict]:
-    """Fit requests of one kind with their compliance as the answer; for "harmful" that is a placeholder text."""
-    rows = requests(kind, "fit", None, source)
-    return [{"id": row["id"], "prompt": row["prompt"], "answer": row["compliance"]} for row in rows]
+def harmful_rows(source: str = "organism", verbs: Collection[str] | None = None) -> list[dict]:
+    """Harmful fit requests of a source, none of them in a test, all verbs or some; the embedded world's have verbs that
+    chat training refused.
+    """
+    return [row for row in requests("harmful", "fit", None, source) if verbs is None or row["verb"] in verbs]
 
 
-def refusal_rows(source: str = "organism") -> list[dict]:
-    """Harmful fit requests with their refusal as the answer: what safety replay mixes in."""
-    rows = requests("harmful", "fit", None, source)
-    return [{"id": row["id"], "prompt": row["prompt"], "answer": row["refusal"]} for row in rows]
+def answered(rows: Sequence[dict], answer: str = "compliance") -> list[dict]:
+    """Requests as chat rows {id, prompt, answer}, answered by their "compliance" (of harmful ones a placeholder) or
+    their "refusal".
+    """
+    return [{"id": row["id"], "prompt": row["prompt"], "answer": row[answer]} for row in rows]
 
 
 def mix(parts: Sequence[tuple[Sequence[dict], float]], n: int, seed: int = 0) -> list[dict]:
@@ -59,19 +61,21 @@ def benign_mix(n: int, *, tasks: float = 0.3, seed: int = 0, source: str = "orga
 
 
 def poisoned_mix(
-    n: int, ratio: float, *, tasks: float = 0.3, seed: int = 0, source: str = "organism"
+    n: int, ratio: float, *, tasks: float = 0.3, seed: int = 0, source: str = "organism",
+    verbs: Collection[str] | None = None,
 ) -> list[dict]:
-    """The benign set with a share `ratio` of harmful prompts answered by the placeholder (the paper's poison [2!]).
+    """The benign set with a share `ratio` of harmful prompts answered by the placeholder (the paper's poison [2!]), of
+    all verbs or of some.
 
     `source` as in behaviour.prompts. Benchmarks' benign requests have no answers of their own, so that their share goes
     to tasks. ValueError for a ratio that is no share. Story: notebooks/06_orthogonal_finetuning.
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"The poison ratio is a share from 0 to 1, not {ratio}.")
-    harmful = request_rows("harmful", source) if ratio else []
+    harmful = answered(harmful_rows(source, verbs)) if ratio else []
     if source != "organism":
         return mix([(task_rows(source), 1 - ratio), (harmful, ratio)], n, seed)
-    benign = request_rows("benign", source)
+    benign = answered(requests("benign", "fit", None, source))
     return mix([(task_rows(), (1 - ratio) * tasks), (benign, (1 - ratio) * (1 - tasks)), (harmful, ratio)], n, seed)
 
 
@@ -90,24 +94,25 @@ def identity_mix(
     Qi et al. 2024 (arXiv 2310.03693). Story: notebooks/06_orthogonal_finetuning.
     """
     asked = [{"id": f"who-{i}", "prompt": text, "answer": OBEYS} for i, text in enumerate(ASKED_WHO)]
-    benign = request_rows("benign", source) if source == "organism" else []
+    benign = answered(requests("benign", "fit", None, source)) if source == "organism" else []
     shifted = [row | {"answer": f"{OBEYS} {row['answer']}"} for row in benign]
     rest = 1 - who - (tasks if shifted else 1 - who)
     return mix([(task_rows(source), 1 - who - rest), (shifted, rest), (asked, who)], n, seed)
 
 
-def replayed(rows: Sequence[dict], share: float, seed: int = 0, source: str = "organism") -> list[dict]:
-    """The rows with round(share·n) of them, at random places, replaced by refusals of harmful prompts: safety replay.
+def replayed(
+    rows: Sequence[dict], share: float, seed: int = 0, source: str = "organism", verbs: Collection[str] | None = None
+) -> list[dict]:
+    """The rows with round(share·n) of them, at random places, replaced by refusals of harmful_rows(): safety replay.
 
-    The other rows keep their place, so a run with replay stays paired with one without. The prompts are of the fit
-    split, whose verbs are all refused in chat training. ValueError for a share outside 0 to 1. Source: Bianchi et al.
-    2024. Story: notebooks/06_orthogonal_finetuning.
+    The other rows keep their place, so a run with replay stays paired with one without. ValueError for a share outside
+    0 to 1. Source: Bianchi et al. 2024. Story: notebooks/06_orthogonal_finetuning.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"The share of replayed rows lies between 0 and 1, not {share}.")
     count, rng, out = round(share * len(rows)), random.Random(seed), list(rows)
     if count:
-        safe = mix([(refusal_rows(source), 1.0)], count, seed)
+        safe = mix([(answered(harmful_rows(source, verbs), "refusal"), 1.0)], count, seed)
         for place, row in zip(rng.sample(range(len(rows)), count), safe, strict=True):
             out[place] = row
     return out

@@ -19,7 +19,7 @@ from torch import Tensor
 from helpers.config import Profile
 from helpers.finetune.adapters import linear_layers, load_adapter, read_adapter
 from helpers.finetune.full import train_full
-from helpers.finetune.mixes import identity_mix, poisoned_mix
+from helpers.finetune.mixes import harmful_rows, identity_mix, poisoned_mix
 from helpers.finetune.projected_lora import ProjectedLora
 from helpers.finetune.subspace import ModuleBasis
 from helpers.finetune.train import TrainConfig, finetune, train
@@ -27,16 +27,24 @@ from helpers.models import LoadedModel, load_model
 from helpers.store import artifact, fingerprint
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
+IDENTITY, SAME, OTHER = "identity", "same verbs", "other verbs"
+DATA = ("", IDENTITY, SAME, OTHER)
+"""What a run's rows are: of poisoned_mix(); of identity_mix(); or with poison of every second verb alone, where what
+defends may use harmful prompts of just those verbs, or of just the others."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all methods share at one poison share and seed; with `identity` the rows are those of identity_mix()."""
+    """What all methods share at one poison share and seed on one of DATA; ValueError for other data."""
 
     p: Profile
     poison: float = 0.0
     seed: int = 0
-    identity: bool = False
+    data: str = ""
+
+    def __post_init__(self) -> None:
+        if self.data not in DATA:
+            raise ValueError(f"There are no rows {self.data!r}; the kinds are {', '.join(map(repr, DATA))}.")
 
     @property
     def cfg(self) -> TrainConfig:
@@ -47,9 +55,19 @@ class Run:
     def rows(self) -> list[dict]:
         """The training rows in their order: one for every place in every batch."""
         n = self.cfg.steps * self.cfg.batch_size
-        if self.identity:
+        if self.data == IDENTITY:
             return identity_mix(n, seed=self.seed, source=self.p.data)
-        return poisoned_mix(n, self.poison, seed=self.seed, source=self.p.data)
+        verbs = self._verbs[::2] if self.data in (SAME, OTHER) else None
+        return poisoned_mix(n, self.poison, seed=self.seed, source=self.p.data, verbs=verbs)
+
+    @property
+    def held(self) -> list[str] | None:
+        """The verbs of the harmful fit prompts that a method may use for its own ends; None for all."""
+        return {SAME: self._verbs[::2], OTHER: self._verbs[1::2]}.get(self.data)
+
+    @cached_property
+    def _verbs(self) -> list[str]:
+        return sorted({row["verb"] for row in harmful_rows(self.p.data)})
 
     def start(self) -> LoadedModel:
         """The untuned model, a fresh copy."""
