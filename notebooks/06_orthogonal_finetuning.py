@@ -317,7 +317,6 @@ report.table([{"model": name, **{f"token {i}": f"{v:.2f}" for i, v in enumerate(
 from helpers.finetune.projected_lora import leak
 from helpers.finetune.runs import adapter
 
-bases = module_bases(lm, subspace(p, ours.removeprefix("off "), ev.rank))
 saved = adapter(run, bases)
 half, base = torch.bfloat16, lm.model
 leaks = {

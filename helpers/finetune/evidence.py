@@ -71,13 +71,14 @@ def evidence(p: Profile, folder: Path = RESULTS) -> Evidence:
 
 
 def protected(p: Profile, folder: Path = RESULTS) -> tuple[str, int]:
-    """(kind, rank) of the subspace that the paper's method protects here: the committed choice, else what there is of
-    the profile's subspace_dim, refusal latents or, where no latent carries refusal, the difference.
+    """(kind, rank) of the subspace that the paper's method protects here: the embedded model's is chosen on val (and
+    trained for where the committed choice is not of this profile); else what there is of the profile's subspace_dim,
+    refusal latents or, where no latent carries refusal, the difference.
 
     Story: notebooks/06_orthogonal_finetuning.
     """
-    if _committed(p, folder):
-        return LATENTS, int(load(folder)[PAPER].chosen)
+    if p.data == "organism":
+        return LATENTS, evidence(p, folder).rank
     try:
         return LATENTS, subspace(p, LATENTS, p.finetune.subspace_dim).rank
     except ValueError:  # no latent of these SAEs carries refusal
