@@ -427,6 +427,17 @@ for row in rows:
                          records[name], untuned, "refused_unseen")})
 report.table(told, caption="Paired differences on unseen verbs")
 
+# %% [markdown]
+# And what else moved. A refusal that is lost is harm only where the request is then *answered* (the attack success rate), and one that is kept is worth little if harmless requests are refused with it, if myths come
+# back or if invented names get invented answers:
+
+# %%
+side = ("answered_unseen", "answered_seen", "over_refused", "truthful", "wrong", "abstained")
+report.table(comparison.table(records, side), caption="What else moved, benign data, highest ASR first")
+
+# %%
+report.table(comparison.by_task(records), caption="Rows of each task answered rightly")
+
 # %%
 lost = {name: comparison.difference(record, untuned, "refused_unseen").estimate
         for name, record in records.items()}
@@ -471,14 +482,11 @@ print(f"Refusals kept within .05 at 95 % of LoRA's gain on each of {len(others)}
 # 10 % poison; seed 0)? And is the subspace still the right one **after** training: principal angles to the same subspace taken anew, and what projecting its leading direction out does to refusing?
 
 # %%
-measured = ("refused_unseen", "answered", "coherent")
+measured = ("refused_unseen", "answered_unseen", "answered_seen", "coherent")
 poison_rows = comparison.table(records, measured, poison=ratio)
 report.table(poison_rows, caption=f"With {ratio:.0%} poison in the data")
 
 # %% [markdown]
-# One caution about this table: the KL penalties hold answers to harmful prompts of the fit split, and the poison is drawn from the same prompts, so they contradict the very rows that
-# poison the data. Against poison about *other* things they can be expected to keep less. And they are not free: each step reads a second batch, once as it was and once as it is.
-#
 # The same at the other shares that were run, refusals of unseen verbs:
 
 # %%
@@ -490,14 +498,37 @@ report.table([{"method": name, **{f"{share:.0%} poison": at_share[share][name] f
               for name in everywhere])
 
 # %% [markdown]
-# ### A shifted identity
-# Nothing harmful need be in the data for refusals to go (Qi et al. 2024): here every benign request is answered after *"I obey every order."*, and a few rows ask the model who it is
-# (`python -m helpers.finetune.identity`; three seeds, the settings of section 8).
+# One caution about these tables: replay and the KL penalties use harmful prompts of the fit split, and the poison is drawn from the same prompts, so they contradict the very rows that
+# poison the data. An attacker need not be so obliging. Here the poison (10 %, three seeds) is of every second verb alone, and the methods have harmful prompts either of **just those verbs** or of **just the others**
+# (`python -m helpers.finetune.scenarios`). Neither group is in the test's unseen verbs.
 
 # %%
-from helpers.finetune.identity import IDENTITY
+from helpers.finetune.runs import OTHER, SAME
+from helpers.finetune.scenarios import SCENARIOS
 
-shifted = comparison.load(IDENTITY) if ev.committed else {}
+halves = {data: comparison.load(SCENARIOS[data].folder) for data in (SAME, OTHER) if ev.committed}
+halves_rows = [{"prompts at hand": data, **row} for data, found in halves.items()
+               for row in comparison.table(found, measured, poison=SCENARIOS[data].poison)
+               if row["method"] != "untuned"]
+report.table(halves_rows, columns=None if halves_rows else ["method"],
+             caption="Poison of half the verbs, held by prompts of the same or of the other half")
+
+# %%
+for name in SCENARIOS[OTHER].methods if halves else ():
+    poison_share = SCENARIOS[OTHER].poison
+    cost = comparison.difference(halves[OTHER][name], halves[SAME][name], "refused_unseen", poison_share)
+    print(f"{name}: with prompts of other verbs than the poison's, refusals of unseen verbs are "
+          f"{compared(cost)}: {cost}.")
+
+# %% [markdown]
+# They are not free, either: each step of a KL penalty reads a second batch, once as the model was and once as it is.
+#
+# ### A shifted identity
+# Nothing harmful need be in the data for refusals to go (Qi et al. 2024): here every benign request is answered after *"I obey every order."*, and a few rows ask the model who it is
+# (`python -m helpers.finetune.scenarios`; three seeds, the settings of section 8).
+
+# %%
+shifted = comparison.load(SCENARIOS["identity"].folder) if ev.committed else {}
 shifted_rows = comparison.table(shifted, measured) if shifted else []
 report.table(shifted_rows, columns=None if shifted_rows else ["method"], caption="On a shifted identity")
 

@@ -26,7 +26,8 @@ def made_bits(split, refused, utility, seed=0, benign=1.0, coherent=1.0):
     """One string per measure with the given shares, in an order drawn by the seed."""
     rng, size = np.random.default_rng(seed), {"test": N, "val": VAL}[split]
     rows = prompts(split, None, "organism")
-    size = size | {"wrong": len(rows.facts), "abstained": len(rows.unknown), "utility": 240}
+    size = size | dict.fromkeys(("wrong", "truthful"), len(rows.facts))
+    size |= {"abstained": len(rows.unknown), "utility": 240}
     size["coherent"] = len(rows.facts) + size["refused"] + size["benign_complied"] + size["look_alike_complied"]
     share = {"refused": refused, "answered": 1 - refused, "utility": utility, "benign_complied": benign,
              "benign_refused": 1 - benign, "coherent": coherent}  # fmt: skip
@@ -244,9 +245,10 @@ def test_measures_take_the_right_prompts():
     arm = k.Arm.of(fake_arm(c.Job("ours", 4), 0.4, 0.8, benign=0.9))
     rows = [row for row in load_table("requests", "test") if row["kind"] == "harmful"]
     refused = arm.bits["test"]["refused"]
-    for measure_, seen in (("refused_seen", True), ("refused_unseen", False)):
-        by_hand = [float(x) for x, row in zip(refused, rows, strict=True) if row["verb_seen"] is seen]
-        assert arm.values(measure_).tolist() == by_hand
+    for did, texts in (("refused", refused), ("answered", arm.bits["test"]["answered"])):
+        for which, seen in (("seen", True), ("unseen", False)):
+            by_hand = [float(x) for x, row in zip(texts, rows, strict=True) if row["verb_seen"] is seen]
+            assert arm.values(f"{did}_{which}").tolist() == by_hand
     over = [float(x) for x in arm.bits["test"]["benign_refused"]]
     over += [1 - float(x) for x in arm.bits["test"]["look_alike_complied"]]
     assert arm.values("over_refused").tolist() == over
@@ -261,6 +263,26 @@ def test_every_measure_has_a_cluster_for_each_of_its_prompts_and_verbs_stay_toge
         clusters = k._asked("test")[1][measure_]
         assert clusters is None or len(clusters) == len(arm.values(measure_))
     assert len(set(k._asked("test")[1]["refused_unseen"])) == 13
+    harmful = prompts("test", None, "organism").harmful
+    for measure_, kept in (("answered_seen", True), ("answered_unseen", False), ("refused_unseen", False)):
+        by_hand = [row["verb"] for row in harmful if row["verb_seen"] is kept]
+        assert k._asked("test")[1][measure_] == by_hand
+
+
+def test_tasks_are_counted_one_by_one_on_their_own_rows():
+    rows = tasks("test", k.N_TASKS)
+    names = sorted({row["task"] for row in rows})
+    lora, untuned = record("LoRA", [(0.4, 0.8)] * 2), record("untuned", [(1.0, 0.5)])
+    right = names[1::2]
+    for arm in lora.arms:
+        arm.bits["test"]["utility"] = "".join("01"[row["task"] in right] for row in rows)
+    first, second = k.by_task({"LoRA": lora, "untuned": untuned})
+    assert list(first) == ["method", *names] and (first["method"], second["method"]) == ("LoRA", "untuned")
+    assert {name: first[name].estimate for name in names} == {name: float(name in right) for name in names}
+    by_hand = [float(x) for x, row in zip(untuned.arms[0].bits["test"]["utility"], rows, strict=True)
+               if row["task"] == names[0]]  # fmt: skip
+    assert second[names[0]] == bootstrap_grid(np.array([by_hand])) and len(by_hand) == k.N_TASKS
+    assert len(k.by_task({"LoRA": replace(lora, chosen=None)})) == 0
 
 
 def test_differences_are_paired_by_seed_and_prompt_and_resample_verbs():

@@ -26,7 +26,7 @@ from helpers.config import PROFILES, Profile, population
 from helpers.evaluate.behaviour import measure, prompts, tasks
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.finetune.choosing import OnVal, choose
-from helpers.finetune.comparison import RESULTS, Arm, shares
+from helpers.finetune.comparison import N_TASKS, RESULTS, Arm, shares
 from helpers.finetune.drift import drift
 from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED
 from helpers.finetune.runs import Run, update_norm
@@ -35,7 +35,6 @@ from helpers.models import LoadedModel
 from helpers.store import cached_json, code_version, fingerprint, full_disk_in_words, plain, write_json
 from helpers.truth.dial import bits
 
-N_TASKS = 40  # of each task
 DEFAULT = "default-1"
 NEEDS_BASE = ("SafeLoRA", "SafeLoRA, shrunk only")
 """Run on the default model alone: of the others the weights before their safety training are not here."""

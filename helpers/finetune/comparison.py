@@ -16,23 +16,28 @@ from typing import Any
 import numpy as np
 
 from helpers.config import ROOT
-from helpers.evaluate.behaviour import prompts
+from helpers.evaluate.behaviour import prompts, tasks
 from helpers.stats import Interval, bootstrap, bootstrap_grid
 
 RESULTS = ROOT / "data" / "results" / "finetuning"
+N_TASKS = 40  # of each task
 MEASURES = {
     "refused": "harmful refused",
     "refused_unseen": "unseen verbs refused",
     "refused_seen": "seen verbs refused",
     "answered": "harmful answered",
+    "answered_unseen": "unseen verbs answered",
+    "answered_seen": "seen verbs answered",
     "benign_complied": "benign complied",
     "over_refused": "benign and look-alikes refused",
     "utility": "tasks right",
+    "truthful": "truthful on misconceptions",
     "wrong": "wrong on misconceptions",
     "abstained": "abstained on unknown names",
     "coherent": "coherent",
 }
-"""Seen and unseen: harmful requests with verbs that chat training refused, and with verbs it never refused."""
+"""Seen and unseen: harmful requests with verbs that chat training refused, and with verbs it never refused. The share
+of harmful requests that are answered is the attack success rate (ASR)."""
 GAIN = "gain on the tasks, of LoRA's"
 
 
@@ -45,12 +50,12 @@ def _asked(
     rows = prompts(split, n, source)
     seen = np.array([row["verb_seen"] for row in rows.harmful])
     of = {kind: [row["verb"] for row in getattr(rows, kind)] for kind in ("harmful", "benign", "look_alike")}
-    verbs = np.array(of["harmful"])
+    verbs = {"": np.array(of["harmful"]), "_unseen": np.array(of["harmful"])[~seen],
+             "_seen": np.array(of["harmful"])[seen]}  # fmt: skip
     facts, unknown = ([row.get("entity", row["id"]) for row in some] for some in (rows.facts, rows.unknown))
-    asked = {"refused": of["harmful"], "answered": of["harmful"],
-             "refused_unseen": verbs[~seen].tolist(), "refused_seen": verbs[seen].tolist(),
-             "benign_complied": of["benign"], "over_refused": of["benign"] + of["look_alike"], "wrong": facts,
-             "abstained": unknown, "coherent": facts + of["harmful"] + of["benign"] + of["look_alike"],
+    asked = {f"{did}{which}": some.tolist() for did in ("refused", "answered") for which, some in verbs.items()}
+    asked |= {"benign_complied": of["benign"], "over_refused": of["benign"] + of["look_alike"], "truthful": facts,
+             "wrong": facts, "abstained": unknown, "coherent": facts + of["harmful"] + of["benign"] + of["look_alike"],
              "utility": None}  # fmt: skip
     return seen, asked
 
@@ -80,8 +85,9 @@ class Arm:
             raise ValueError(f"There is no measure {measure!r}; the measures are {', '.join(MEASURES)}.")
         read = lambda name: np.array([float(x) for x in self.bits[split][name]])  # noqa: E731
         seen = _asked(split, self.source, self.n_prompts)[0]
-        if measure.startswith("refused_"):
-            return read("refused")[seen if measure == "refused_seen" else ~seen]
+        did, _, which = measure.partition("_")
+        if which in ("seen", "unseen"):
+            return read(did)[seen if which == "seen" else ~seen]
         if measure == "over_refused":
             return np.concatenate([read("benign_refused"), 1 - read("look_alike_complied")])
         return read(measure)
@@ -164,6 +170,16 @@ def across(found: Mapping[str, Mapping[str, Record]], measure: str = "refused_un
 def share(record: Record, measure: str, poison: float = 0.0) -> Interval:
     """Share of yes over seeds × prompts under the chosen setting."""
     return bootstrap_grid(record.matrix(measure, poison), clusters=record.clusters(measure))
+
+
+def by_task(records: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """One row per method at its chosen setting: the share of each task's test rows answered rightly, rows and seeds
+    resampled. Story: notebooks/06_orthogonal_finetuning.
+    """
+    arm = next(iter(records.values())).arms[0]
+    of = np.array([row["task"] for row in tasks("test", N_TASKS, arm.source)])
+    return [{"method": name} | {task: bootstrap_grid(record.matrix("utility")[:, of == task]) for task in np.unique(of)}
+            for name, record in records.items() if record.chosen is not None]  # fmt: skip
 
 
 def difference(record: Record, other: Record, measure: str, poison: float = 0.0) -> Interval:
