@@ -287,6 +287,30 @@ def test_progress_names_notebook_and_cell_and_estimates_from_the_last_run(monkey
     assert "unknown" in progress.line()
 
 
+def test_a_cells_own_lines_on_how_far_it_is_are_shown_while_it_runs_and_not_saved(tmp_path, monkeypatch):
+    arms = 'for i in (1, 2):\n    print(f"{i}/2 arms; about {2 - i} minutes left", flush=True)\n'
+    write(tmp_path, f"# %%\n{arms}print('done, and nobody is left')\n")
+    shown, heard = [], Progress.heard
+
+    def listen(self, text):
+        rest = heard(self, text)
+        shown.append(self.line())
+        return rest
+
+    monkeypatch.setattr(Progress, "heard", listen)
+    running.run(tmp_path, timings=tmp_path / "timings.json")
+    cells = nbformat.read(tmp_path / "00_small.ipynb", as_version=4).cells
+    assert [o.text for cell in cells for o in cell.get("outputs", [])] == ["done, and nobody is left\n"]
+    assert any(line.endswith("gone · 2/2 arms; about 0 minutes left") for line in shown)
+
+
+def test_only_lines_on_how_far_it_is_are_taken_and_the_next_cell_starts_without():
+    progress = Progress(["00_a"], {}, stream=io.StringIO())
+    assert progress.heard("a\n1/2 x; about 3 minutes left\nb") == "a\nb" and "about 3 minutes" in progress.line()
+    progress.step(2)
+    assert "about 3 minutes" not in progress.line()
+
+
 def test_the_makefile_and_the_runner_keep_notebooks_quiet_alike():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for key, value in (running.QUIET | running.OFFLINE).items():

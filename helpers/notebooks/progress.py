@@ -24,7 +24,7 @@ class Progress:
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
-        self.notebook, self.cell, self.n_cells, self.cell_began = -1, 0, 0, self.began
+        self.notebook, self.cell, self.n_cells, self.cell_began, self.note = -1, 0, 0, self.began, ""
         self._said, self._stop = 0.0, threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._tick, daemon=True)
@@ -43,8 +43,15 @@ class Progress:
 
     def step(self, cell: int) -> None:
         """Say that a notebook's code cell (counted from 1) begins."""
-        self.cell, self.cell_began = cell, time.monotonic()
+        self.cell, self.cell_began, self.note = cell, time.monotonic(), ""
         self._show()
+
+    def heard(self, text: str) -> str:
+        """Take a cell's own lines on how long it will take out of what it printed, and show the last in their place."""
+        lines = text.splitlines(keepends=True)
+        own = [line for line in lines if line.rstrip().endswith("minutes left")]
+        self.note = own[-1].strip() if own else self.note
+        return "".join(line for line in lines if line not in own)
 
     def say(self, words: str) -> None:
         """Print a line that stays."""
@@ -68,6 +75,7 @@ class Progress:
         """Return the line to show now."""
         left = self.left()
         words = "time left unknown on the first run" if left is None else f"about {clock(left)} left"
+        words = self.note or words
         where = f"[{self.notebook + 1}/{len(self.names)}] {self.names[self.notebook]}"
         return f"{where} · cell {self.cell}/{self.n_cells} · {clock(time.monotonic() - self.began)} gone · {words}"
 

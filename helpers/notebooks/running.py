@@ -75,6 +75,22 @@ def names(folder: Path = FOLDER) -> list[str]:
     return [source.stem for source in sources(folder)]
 
 
+class _Client(NotebookClient):
+    """Hands a cell's own lines on how far it is to the progress line, while it runs, instead of saving them."""
+
+    def __init__(self, nb: NotebookNode, progress: Progress, **how: object) -> None:
+        super().__init__(nb, **how)
+        self._progress = progress
+
+    def output(self, outs: list, msg: dict, display_id: str | None, cell_index: int) -> NotebookNode | None:
+        """Handle one output of a cell; see nbclient."""
+        if msg["msg_type"] == "stream" and msg["content"]["name"] == "stdout":
+            msg["content"]["text"] = self._progress.heard(msg["content"]["text"])
+            if not msg["content"]["text"]:
+                return None
+        return super().output(outs, msg, display_id, cell_index)
+
+
 def _execute(nb: NotebookNode, source: Path, number: int, progress: Progress) -> list[float]:
     """Run a notebook's cells in a new kernel and return the seconds of each code cell that is not empty."""
     order = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and cell.source.strip()]
@@ -86,8 +102,9 @@ def _execute(nb: NotebookNode, source: Path, number: int, progress: Progress) ->
             progress.step(order.index(cell_index) + 1)
 
     progress.start(number, len(order))
-    client = NotebookClient(
+    client = _Client(
         nb,
+        progress,
         kernel_name="python3",
         timeout=None,
         store_widget_state=False,
