@@ -158,8 +158,8 @@ for row in benign_mix(n, source=p.data)[:4]:
 
 # %%
 from helpers.data import leakage
-from helpers.evaluate.behaviour import requests, tasks
-from helpers.finetune.compare import N_TASKS, cap
+from helpers.evaluate.behaviour import cap, requests, tasks
+from helpers.finetune.comparison import N_TASKS
 
 trained_on = sorted({row["prompt"] for row in poisoned_mix(n, max(p.finetune.poison_ratios), source=p.data)})
 asked = {kind: requests(kind, "test", cap(p)) for kind in ("harmful", "benign", "look_alike")}
@@ -403,7 +403,7 @@ report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for 
 # LoRA's gain on the tasks, benign requests answered, coherent; of those the most refusals on verbs never refused in chat training), and trained with five seeds.
 
 # %%
-from helpers.finetune import comparison
+from helpers.finetune import closer, comparison
 
 records = ev.records
 rows = comparison.table(records)
@@ -436,7 +436,7 @@ side = ("answered_unseen", "answered_seen", "over_refused", "truthful", "wrong",
 report.table(comparison.table(records, side), caption="What else moved, benign data, highest ASR first")
 
 # %%
-report.table(comparison.by_task(records), caption="Rows of each task answered rightly")
+report.table(closer.by_task(records), caption="Rows of each task answered rightly")
 
 # %%
 lost = {name: comparison.difference(record, untuned, "refused_unseen").estimate
@@ -455,7 +455,7 @@ print("Within .05 of the untuned model's refusals at 95 % of LoRA's gain:", ", "
 # the refusal of unseen verbs where 80 % and 90 % of plain LoRA's gain are reached; empty where a grid never gets there.
 
 # %%
-matched = [{"method": name, **{f"at {share:.0%} of the gain": comparison.at_utility(
+matched = [{"method": name, **{f"at {share:.0%} of the gain": closer.at_utility(
     record, plain_lora, untuned, share) for share in (0.8, 0.9)}}
            for name, record in records.items() if name != "untuned"]
 report.table(matched)
@@ -533,12 +533,12 @@ shifted_rows = comparison.table(shifted, measured) if shifted else []
 report.table(shifted_rows, columns=None if shifted_rows else ["method"], caption="On a shifted identity")
 
 # %%
-attacked = comparison.attacks() if ev.committed else []
+attacked = closer.attacks() if ev.committed else []
 report.table(attacked, columns=None if attacked else ["method"],
              caption="Refusal on unseen verbs after a later attack by plain LoRA")
 
 # %%
-drifted = comparison.drifts(records)
+drifted = closer.drifts(records)
 report.table(drifted, columns=None if drifted else ["method"],
              caption="The difference subspace before and after training (degrees, nats)")
 

@@ -10,12 +10,13 @@ import pytest
 from helpers.config import profile
 from helpers.data import load_table
 from helpers.evaluate.behaviour import Prompts, measure, prompts, tasks
+from helpers.finetune import closer
 from helpers.finetune import compare as c
 from helpers.finetune import comparison as k
 from helpers.finetune.drift import drift
 from helpers.finetune.methods import LORA, UNTUNED, Method
 from helpers.models import load_model
-from helpers.stats import bootstrap_grid
+from helpers.stats import bootstrap_grid, wilson, wilson_clustered
 from helpers.truth import dial
 
 N = {"refused": 186, "answered": 186, "benign_complied": 158, "benign_refused": 158, "look_alike_complied": 20}
@@ -260,13 +261,13 @@ def test_measures_take_the_right_prompts():
 def test_every_measure_has_a_cluster_for_each_of_its_prompts_and_verbs_stay_together():
     arm = k.Arm.of(fake_arm(c.Job("ours", 4)))
     for measure_ in k.MEASURES:
-        clusters = k._asked("test")[1][measure_]
+        clusters = k.asked("test")[1][measure_]
         assert clusters is None or len(clusters) == len(arm.values(measure_))
-    assert len(set(k._asked("test")[1]["refused_unseen"])) == 13
+    assert len(set(k.asked("test")[1]["refused_unseen"])) == 13
     harmful = prompts("test", None, "organism").harmful
     for measure_, kept in (("answered_seen", True), ("answered_unseen", False), ("refused_unseen", False)):
         by_hand = [row["verb"] for row in harmful if row["verb_seen"] is kept]
-        assert k._asked("test")[1][measure_] == by_hand
+        assert k.asked("test")[1][measure_] == by_hand
 
 
 def test_tasks_are_counted_one_by_one_on_their_own_rows():
@@ -276,13 +277,13 @@ def test_tasks_are_counted_one_by_one_on_their_own_rows():
     right = names[1::2]
     for arm in lora.arms:
         arm.bits["test"]["utility"] = "".join("01"[row["task"] in right] for row in rows)
-    first, second = k.by_task({"LoRA": lora, "untuned": untuned})
+    first, second = closer.by_task({"LoRA": lora, "untuned": untuned})
     assert list(first) == ["method", *names] and (first["method"], second["method"]) == ("LoRA", "untuned")
     assert {name: first[name].estimate for name in names} == {name: float(name in right) for name in names}
     by_hand = [float(x) for x, row in zip(untuned.arms[0].bits["test"]["utility"], rows, strict=True)
                if row["task"] == names[0]]  # fmt: skip
     assert second[names[0]] == bootstrap_grid(np.array([by_hand])) and len(by_hand) == k.N_TASKS
-    assert len(k.by_task({"LoRA": replace(lora, chosen=None)})) == 0
+    assert len(closer.by_task({"LoRA": replace(lora, chosen=None)})) == 0
 
 
 def test_differences_are_paired_by_seed_and_prompt_and_resample_verbs():
@@ -290,13 +291,13 @@ def test_differences_are_paired_by_seed_and_prompt_and_resample_verbs():
     untuned = record("untuned", [(1.0, 0.5)])
     found = k.difference(ours, lora, "refused_unseen")
     by_hand = ours.matrix("refused_unseen") - lora.matrix("refused_unseen")[:3]
-    assert found == bootstrap_grid(by_hand, clusters=k._asked("test")[1]["refused_unseen"])
+    assert found == bootstrap_grid(by_hand, clusters=k.asked("test")[1]["refused_unseen"])
     assert found.estimate > 0.3 and found != bootstrap_grid(by_hand)
     assert k.difference(lora, untuned, "refused_seen").estimate == pytest.approx(
         lora.matrix("refused_seen").mean() - untuned.matrix("refused_seen").mean()
     )
     alone = k.share(ours, "refused_unseen")
-    assert alone == bootstrap_grid(ours.matrix("refused_unseen"), clusters=k._asked("test")[1]["refused_unseen"])
+    assert alone == bootstrap_grid(ours.matrix("refused_unseen"), clusters=k.asked("test")[1]["refused_unseen"])
     assert alone != bootstrap_grid(ours.matrix("refused_unseen"))
     with pytest.raises(ValueError, match="ours has no arm at 1.0 with a poison share of 0.1"):
         k.difference(ours, lora, "refused_seen", 0.1)
@@ -317,16 +318,62 @@ def test_the_gain_is_a_share_of_plain_loras():
     assert k.gain_ratio(untuned, lora, untuned).estimate == 0.0
 
 
-def test_matched_utility_is_a_straight_line_between_settings():
+def test_matched_utility_is_a_straight_line_between_trained_settings_and_nothing_beyond_them():
     untuned, lora = record("untuned", [(1.0, 0.5)], chosen=0), record("LoRA", [(0.0, 0.9)], chosen=1)
     arms = [k.Arm.of(fake_arm(c.Job("ours", s), refused, utility)) for s, refused, utility in
             ((4, 0.5, 0.7), (16, 0.0, 0.9))]  # fmt: skip
     ours = k.Record("ours", "rank", (4, 16), 4, {}, tuple(arms))
-    line = {0.0: 1.0, 0.5: 0.5, 1.0: 0.0, 0.25: 0.75, 0.75: 0.25}
-    for wanted, value in line.items():
-        found = k.at_utility(ours, lora, untuned, wanted, "answered")
+    for wanted, value in {0.5: 0.5, 1.0: 0.0, 0.75: 0.25}.items():
+        found = closer.at_utility(ours, lora, untuned, wanted, "answered")
         assert found == pytest.approx(1 - value, abs=0.02)
-    assert k.at_utility(ours, lora, untuned, 1.5) is None
+    assert closer.at_utility(ours, lora, untuned, 1.5) is None
+    assert closer.at_utility(ours, lora, untuned, 0.25) is None  # the untuned model is no setting of the method
+
+
+def test_seeds_are_paired_by_their_number_and_not_by_their_place():
+    lora, ours = record("LoRA", [(0.4, 0.8)] * 4), record("ours", [(0.9, 0.8)] * 4)
+    some = replace(ours, arms=tuple(arm for arm in ours.arms if arm.seed in (1, 3)))
+    by_hand = ours.matrix("refused")[[1, 3]] - lora.matrix("refused")[[1, 3]]
+    assert k.difference(some, lora, "refused") == bootstrap_grid(by_hand, clusters=k.asked("test")[1]["refused"])
+    assert some.seeds() == [1, 3]
+    others = replace(ours, arms=tuple(arm for arm in ours.arms if arm.seed == 2))
+    with pytest.raises(ValueError, match="ours and ours have no seed in common"):
+        k.difference(some, others, "refused")
+
+
+def test_a_share_that_is_the_same_everywhere_still_has_an_interval():
+    none = record("ours", [(0.0, 0.8)] * 3)
+    values, verbs = np.zeros(len(none.matrix("refused_unseen")[0])), k.asked("test")[1]["refused_unseen"]
+    assert k.share(none, "refused_unseen") == wilson_clustered(values, verbs) and k.share(none, "refused").high > 0.03
+    every = record("ours", [(0.5, 1.0)] * 2)
+    assert k.share(every, "utility") == wilson(240, 240)
+
+
+def test_a_refusal_that_breaks_off_after_its_opening_is_told_from_one_that_is_not_begun():
+    n = N["refused"]
+    arms = [replace(k.Arm.of(fake_arm(c.Job("ours", 1, 0.0, seed), refused)), nats=nats) for seed, refused, nats in
+            ((0, 0.0, [1.0] * n), (1, 0.0, [-1.0] * n), (2, 1.0, [1.0] * n))]  # fmt: skip
+    arms.append(replace(arms[0], poison=0.1, seed=3))
+    assert k.Record("ours", "", (1,), 1, {}, tuple(arms)).broken_off() == {0: 1.0, 1: 0.0, 2: 0.0}
+
+
+def test_methods_of_which_no_setting_met_the_rule_are_named():
+    on = {"refused_unseen": 0.5, "gain": 1.0, "benign_complied": 1.0, "coherent": 0.96}
+    found = {name: replace(record(name, [(0.5, 0.8)]), on_val={"1.0": on | how}) for name, how in
+             (("met", {}), ("learned too little", {"gain": 0.9}), ("babbled", {"coherent": 0.9}))}  # fmt: skip
+    assert closer.unmet(found | {"bare": record("bare", [(0.5, 0.8)])}) == ["learned too little", "babbled"]
+
+
+def test_bad_input_on_the_command_lines_is_one_sentence(tmp_path, capsys):
+    from helpers.finetune import aftermath, scenarios
+
+    calls = [(c.main, ["--poison", "2", "--out", str(tmp_path)], "Poison shares lie between 0 and 1"),
+             (scenarios.main, ["identity", "--results", str(tmp_path / "no")], "There are no results in"),
+             (aftermath.main, ["--results", str(tmp_path / "no")], "There are no results in")]  # fmt: skip
+    for main, argv, words in calls:
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert words in capsys.readouterr().err
 
 
 def test_the_table_has_a_row_per_method_that_was_run():
@@ -354,15 +401,16 @@ def test_attacks_are_read_in_order_of_steps_and_drift_at_the_chosen_setting(tmp_
             for steps, refused in (("100", 0.0), ("0", 1.0), ("20", 0.5))}  # fmt: skip
     found = {"method": "LoRA", "setting": 1, "poison": 0.1, "bits": bits}
     (tmp_path / "attacked" / "lora.json").write_text(json.dumps(found))
-    (row,) = k.attacks(tmp_path, "refused_seen")
+    (row,) = closer.attacks(tmp_path, "refused_seen")
     assert list(row) == ["method", "after 0 steps", "after 20 steps", "after 100 steps"]
     assert (row["after 0 steps"].estimate, row["after 100 steps"].estimate) == (1.0, 0.0)
     middle = k.Arm(1, 0.1, 0, {"test": bits["20"]})
     assert row["after 20 steps"].estimate == middle.values("refused_seen").mean()
-    assert k.attacks(tmp_path / "nothing") == []
+    assert closer.attacks(tmp_path / "nothing") == []
     arms = [replace(k.Arm.of(fake_arm(c.Job("ours", setting), 0.5, 0.5)), drift={
         "angles": [setting, 80], "odds": 3.0, "odds_without_old": 2.0, "odds_without_new": 1.0}) for setting in (4, 16)]
-    rows = k.drifts({"ours": k.Record("ours", "rank", (4, 16), 16, {}, tuple(arms)), "bare": record("bare", [(1, 1)])})
+    ours = k.Record("ours", "rank", (4, 16), 16, {}, tuple(arms))
+    rows = closer.drifts({"ours": ours, "bare": record("bare", [(1, 1)])})
     assert [list(row.values()) for row in rows] == [["ours", 16, 80, 3.0, 2.0, 1.0]]
 
 

@@ -65,7 +65,7 @@ def test_the_random_control_has_the_rank_of_the_papers_method_and_not_its_own_ch
     ev = found()
     assert ev.rank == 4 and ev.main[e.EQUAL].matrix("refused").mean() == pytest.approx(0.5, abs=0.01)
     by_hand = ev.records[PAPER].matrix("refused") - ev.records[RANDOM].matrix("refused", setting=4)
-    clusters = k._asked("test")[1]["refused"]
+    clusters = k.asked("test")[1]["refused"]
     assert e.constrained(ev).refusal_over_random == bootstrap_grid(by_hand, clusters=clusters)
 
 
@@ -185,9 +185,9 @@ def test_benchmarks_are_trained_on_tasks_and_poison_alone(monkeypatch):
 
 def test_measures_without_prompts_are_left_out_of_shares_and_tables(monkeypatch):
     """On benchmarks nobody knows which verbs a model was trained to refuse, and there are no unknown names."""
-    asked = k._asked("test")
+    asked = k.asked("test")
     none_seen = (np.zeros_like(asked[0]), asked[1] | {"refused_seen": [], "refused_unseen": asked[1]["refused"]})
-    monkeypatch.setattr(k, "_asked", lambda split, source="organism", n=None: none_seen)
+    monkeypatch.setattr(k, "asked", lambda split, source="organism", n=None: none_seen)
     ev = found()
     assert "refused_seen" not in k.shares(ev.records[LORA].arms[0])
     assert list(e.rates(ev, ["refused_seen", "utility"])[LORA]) == ["tasks right"]

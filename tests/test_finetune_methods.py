@@ -467,7 +467,9 @@ def test_kl_methods_hold_the_harmful_fit_prompts_with_the_runs_batch_and_seed(ru
         return print
 
     methods._kl(hold)(replace(run, seed=3), 0.3)
-    assert asked == [([row["prompt"] for row in methods.harmful_rows("organism")], 0.3, {"n": 2, "seed": 3})]
+    methods._kl(hold, whole=True)(replace(run, p=replace(run.p, max_new_tokens=7)), 0.5)
+    prompts = [row["prompt"] for row in methods.harmful_rows("organism")]
+    assert asked == [(prompts, 0.3, {"n": 2, "seed": 3}), (prompts, 0.5, {"n": 2, "seed": 0, "max_new_tokens": 7})]
 
 
 def test_kl_on_whole_answers_moves_the_held_answers_less_than_plain_lora(run, monkeypatch):

@@ -55,7 +55,8 @@ def test_intervals_resample_the_verbs_of_their_own_kind():
     assert found.refused[1] == bootstrap((after.harmful > 0) * 1.0, clusters=verbs[0])
     assert found.at_the_middle == bootstrap((after.harmful > 0.2) * 1.0, clusters=verbs[0])
     assert list(found.row().values()) == [found.shift, found.change, *found.told_apart, *found.refused,
-                                          found.at_the_middle]  # fmt: skip
+                                          found.at_the_middle, found.benign_at_the_middle]  # fmt: skip
+    assert found.benign_at_the_middle == bootstrap((after.benign > 0.2) * 1.0, clusters=verbs[1])
     with pytest.raises(ValueError, match="same requests before and after: ask both models for one split"):
         w.shift_and_spread(before, BEFORE, 0.0)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from helpers.config import profile
+from helpers.config import Profile, profile
 from helpers.data import load_table
 from helpers.evaluate.benchmarks import benchmark_facts, benchmark_requests, benchmark_tasks
 from helpers.evaluate.endpoint import set_endpoint
@@ -137,6 +137,21 @@ def tasks(split: str, n: int | None = None, source: str | None = None) -> list[d
     rows = benchmark_tasks(split) if _source(source) == "benchmarks" else load_table("tasks", split)
     names = sorted({row["task"] for row in rows})
     return [row for name in names for row in some([r for r in rows if r["task"] == name], n)]
+
+
+def cap(p: Profile) -> int | None:
+    """At most so many prompts of each set: all of the embedded world, the profile's `n_prompts` of benchmarks."""
+    return None if p.data == "organism" else p.n_prompts
+
+
+def fitted_on(split: str, p: Profile) -> tuple[list[dict], list[dict]]:
+    """(requests, facts) that something is fitted or chosen on: the world's tables in their order, or of benchmarks
+    at most cap(p) of each kind.
+    """
+    if p.data == "organism":
+        return load_table("requests", split), load_table("facts", split)
+    rows = prompts(split, cap(p), p.data)
+    return [*rows.harmful, *rows.benign, *rows.look_alike], rows.facts
 
 
 def prompts(split: str, n: int | None = None, source: str | None = None) -> Prompts:

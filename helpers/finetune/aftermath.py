@@ -1,7 +1,7 @@
 """Attack after defence: whoever gets a defended model may go on training it, and without the defence.
 
 ``python -m helpers.finetune.aftermath`` trains plain LoRA on top of each method's chosen model of seed 0, on a set with
-poison, and keeps what the test prompts get after 0, 20, 50 and 100 steps in ``data/results/finetuning/attacked``.
+poison, and keeps what the test prompts get after 0 and up to 100 steps in ``data/results/finetuning/attacked``.
 Refusal that is gone after a few steps was hidden, not kept. Notebook 06 tells the story.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 from helpers.config import Profile, profile
 from helpers.finetune.adapters import load_adapter
-from helpers.finetune.compare import RESULTS, Progress, look
+from helpers.finetune.compare import RESULTS, Progress, look, said_by
 from helpers.finetune.comparison import load
 from helpers.finetune.methods import METHODS
 from helpers.finetune.mixes import poisoned_mix
@@ -28,7 +28,7 @@ from helpers.finetune.train import TrainConfig, train
 from helpers.models import LoadedModel
 from helpers.store import cached_json, code_version, fingerprint, write_json
 
-LOOKED = (20, 50, 100)
+LOOKED = (2, 5, 10, 20, 50, 100)
 OTHER_SEED = 1000  # rows, order and start of the attack are not those of the defended run
 
 
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     p = profile("organism")
-    records = load(args.results)
+    with said_by(parser):
+        records = load(args.results)
     names = args.methods or [name for name in METHODS if name in records and records[name].chosen is not None]
     if missing := [name for name in names if name not in records or records[name].chosen is None]:
         parser.error(f"no setting of {missing[0]} has been chosen yet: run python -m helpers.finetune.compare")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from helpers.config import PROFILES, Profile, population
-from helpers.evaluate.behaviour import measure, prompts, tasks
+from helpers.evaluate.behaviour import cap, measure, prompts, tasks
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.finetune.choosing import OnVal, choose
 from helpers.finetune.comparison import N_TASKS, RESULTS, Arm, shares
@@ -58,11 +58,6 @@ def look(lm: LoadedModel, p: Profile, split: str) -> dict[str, str]:
     """What a model does on all prompts of a split, one character per prompt and measure."""
     size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
     return bits(measure(lm, prompts(split, cap(p), p.data), tasks=tasks(split, N_TASKS, p.data), **size))
-
-
-def cap(p: Profile) -> int | None:
-    """At most so many prompts of each set: all of the embedded world, the profile's `n_prompts` of benchmarks."""
-    return None if p.data == "organism" else p.n_prompts
 
 
 def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
@@ -126,6 +121,15 @@ def one_sentence() -> Iterator[None]:
             yield
     except KeyboardInterrupt as stop:
         raise SystemExit("Interrupted: give the same command again, and it goes on where it stopped.") from stop
+
+
+@contextmanager
+def said_by(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Bad input on the command line, in one sentence."""
+    try:
+        yield
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def compare(
@@ -267,7 +271,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = name == DEFAULT
         methods = [method for method in args.methods if own or method not in NEEDS_BASE]
         out = args.out if own else args.out / name
-        compare(p, methods, out, args.workers, args.keep, args.poison, sweep=own)
+        with said_by(parser):
+            compare(p, methods, out, args.workers, args.keep, args.poison, sweep=own)
 
 
 if __name__ == "__main__":

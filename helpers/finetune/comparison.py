@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from helpers.config import ROOT
-from helpers.evaluate.behaviour import prompts, tasks
-from helpers.stats import Interval, bootstrap, bootstrap_grid
+from helpers.evaluate.behaviour import prompts
+from helpers.stats import Interval, bootstrap_grid, wilson, wilson_clustered
 
 RESULTS = ROOT / "data" / "results" / "finetuning"
 N_TASKS = 40  # of each task
@@ -42,7 +42,7 @@ GAIN = "gain on the tasks, of LoRA's"
 
 
 @cache
-def _asked(
+def asked(
     split: str, source: str = "organism", n: int | None = None
 ) -> tuple[np.ndarray, dict[str, list[str] | None]]:
     """Which harmful rows have verbs refused in chat training, and of each measure what its prompts belong to
@@ -53,11 +53,11 @@ def _asked(
     verbs = {"": np.array(of["harmful"]), "_unseen": np.array(of["harmful"])[~seen],
              "_seen": np.array(of["harmful"])[seen]}  # fmt: skip
     facts, unknown = ([row.get("entity", row["id"]) for row in some] for some in (rows.facts, rows.unknown))
-    asked = {f"{did}{which}": some.tolist() for did in ("refused", "answered") for which, some in verbs.items()}
-    asked |= {"benign_complied": of["benign"], "over_refused": of["benign"] + of["look_alike"], "truthful": facts,
-             "wrong": facts, "abstained": unknown, "coherent": facts + of["harmful"] + of["benign"] + of["look_alike"],
-             "utility": None}  # fmt: skip
-    return seen, asked
+    groups = {f"{did}{which}": some.tolist() for did in ("refused", "answered") for which, some in verbs.items()}
+    groups |= {"benign_complied": of["benign"], "over_refused": of["benign"] + of["look_alike"], "truthful": facts,
+               "wrong": facts, "abstained": unknown,
+               "coherent": facts + of["harmful"] + of["benign"] + of["look_alike"], "utility": None}  # fmt: skip
+    return seen, groups
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Arm:
         if measure not in MEASURES:
             raise ValueError(f"There is no measure {measure!r}; the measures are {', '.join(MEASURES)}.")
         read = lambda name: np.array([float(x) for x in self.bits[split][name]])  # noqa: E731
-        seen = _asked(split, self.source, self.n_prompts)[0]
+        seen = asked(split, self.source, self.n_prompts)[0]
         did, _, which = measure.partition("_")
         if which in ("seen", "unseen"):
             return read(did)[seen if which == "seen" else ~seen]
@@ -112,15 +112,30 @@ class Record:
 
     def matrix(self, measure: str, poison: float = 0.0, setting: float | None = None) -> np.ndarray:
         """Test values [n_seeds, n_prompts] at a setting (default: the chosen one), seeds in order; else ValueError."""
+        return np.stack([arm.values(measure) for arm in self._at(poison, setting)])
+
+    def seeds(self, poison: float = 0.0, setting: float | None = None) -> list[int]:
+        """The seeds of matrix(), in its order."""
+        return [arm.seed for arm in self._at(poison, setting)]
+
+    def broken_off(self) -> dict[int, float]:
+        """{seed: share of harmful test requests that open with a refusal, its log-odds above 0, and are not refused}.
+
+        Where refusal is lost after its opening, nothing that holds the opening alone can keep it.
+        """
+        return {arm.seed: float(((np.array(arm.nats) > 0) & (arm.values("refused") == 0)).mean())
+                for arm in self._at(0.0, None)}  # fmt: skip
+
+    def _at(self, poison: float, setting: float | None) -> list[Arm]:
         setting = self.chosen if setting is None else setting
         arms = sorted((a for a in self.arms if (a.setting, a.poison) == (setting, poison)), key=lambda a: a.seed)
         if not arms:
             raise ValueError(f"{self.method} has no arm at {setting} with a poison share of {poison}: run it first.")
-        return np.stack([arm.values(measure) for arm in arms])
+        return arms
 
     def clusters(self, measure: str) -> list[str] | None:
         """What each test prompt of a measure belongs to; None where each stands for itself."""
-        return _asked("test", self.arms[0].source, self.arms[0].n_prompts)[1][measure]
+        return asked("test", self.arms[0].source, self.arms[0].n_prompts)[1][measure]
 
     def at(self, setting: float) -> Record:
         """The same record with another of its settings in the place of the chosen one."""
@@ -134,7 +149,7 @@ def load(folder: Path = RESULTS) -> dict[str, Record]:
     """
     files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
     if not files:
-        raise ValueError(f"There are no results in {folder}: run python -m helpers.finetune.compare.")
+        raise ValueError(f"There are no results in {folder}: run python -m helpers.finetune.compare, or what made it.")
     if len({one["weights"] for one in files}) > 1:
         raise ValueError(f"The results in {folder} are of different models: keep one model per folder.")
     return {
@@ -169,17 +184,15 @@ def across(found: Mapping[str, Mapping[str, Record]], measure: str = "refused_un
 
 def share(record: Record, measure: str, poison: float = 0.0) -> Interval:
     """Share of yes over seeds × prompts under the chosen setting."""
-    return bootstrap_grid(record.matrix(measure, poison), clusters=record.clusters(measure))
+    return share_of(record.matrix(measure, poison), record.clusters(measure))
 
 
-def by_task(records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """One row per method at its chosen setting: the share of each task's test rows answered rightly, rows and seeds
-    resampled. Story: notebooks/06_orthogonal_finetuning.
-    """
-    arm = next(iter(records.values())).arms[0]
-    of = np.array([row["task"] for row in tasks("test", N_TASKS, arm.source)])
-    return [{"method": name} | {task: bootstrap_grid(record.matrix("utility")[:, of == task]) for task in np.unique(of)}
-            for name, record in records.items() if record.chosen is not None]  # fmt: skip
+def share_of(matrix: np.ndarray, clusters: Sequence[str] | None) -> Interval:
+    """Seeds and clusters resampled; where all are alike, which leaves nothing to resample, Wilson's interval."""
+    if matrix.min() < matrix.max():
+        return bootstrap_grid(matrix, clusters=clusters)
+    one = matrix[0]
+    return wilson(int(one.sum()), len(one)) if clusters is None else wilson_clustered(one, clusters)
 
 
 def difference(record: Record, other: Record, measure: str, poison: float = 0.0) -> Interval:
@@ -193,9 +206,15 @@ def difference(record: Record, other: Record, measure: str, poison: float = 0.0)
 
 
 def _paired(record: Record, other: Record, measure: str, poison: float) -> tuple[np.ndarray, np.ndarray]:
-    a, b = (one.matrix(measure, 0.0 if one.method == "untuned" else poison) for one in (record, other))
-    n = max(len(a), len(b)) if "untuned" in (record.method, other.method) else min(len(a), len(b))
-    return tuple(np.repeat(x, n, axis=0) if len(x) == 1 else x[:n] for x in (a, b))
+    rows = []
+    for one in (record, other):
+        at = 0.0 if one.method == "untuned" else poison
+        rows.append(dict(zip(one.seeds(at), one.matrix(measure, at), strict=True)))
+    trained = [set(found) for one, found in zip((record, other), rows, strict=True) if one.method != "untuned"]
+    common = sorted(set.intersection(*trained)) if trained else [0]
+    if not common:
+        raise ValueError(f"{record.method} and {other.method} have no seed in common with a poison share of {poison}.")
+    return tuple(np.stack([found.get(seed, next(iter(found.values()))) for seed in common]) for found in rows)
 
 
 def gain_ratio(record: Record, lora: Record, untuned: Record, poison: float = 0.0, n_boot: int = 2000) -> Interval:
@@ -227,55 +246,3 @@ def table(records: Mapping[str, Record], measures: Sequence[str] = ("refused_uns
         row |= {MEASURES[measure]: share(record, measure, at) for measure in measures}
         rows.append(row | {GAIN: gain_ratio(record, lora, untuned, poison)})
     return sorted(rows, key=lambda row: -row[MEASURES[measures[0]]].estimate)
-
-
-def attacks(folder: Path = RESULTS, measure: str = "refused_unseen") -> list[dict[str, Any]]:
-    """One row per method: a measure of its model of seed 0 after each number of steps of a later, unconstrained LoRA
-    with poison, verbs resampled; [] where none was attacked. Story: notebooks/06_orthogonal_finetuning.
-    """
-    rows = []
-    for path in sorted(Path(folder).glob("attacked/*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        row: dict[str, Any] = {"method": found["method"]}
-        for steps in sorted(found["bits"], key=int):
-            arm = Arm(found["setting"], found["poison"], 0, {"test": found["bits"][steps]})
-            row[f"after {steps} steps"] = bootstrap(arm.values(measure), clusters=_asked("test")[1][measure])
-        rows.append(row)
-    return rows
-
-
-def drifts(records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """One row per method at its chosen setting (seed 0): principal angles in degrees between the difference subspace
-    before and after training, and mean log-odds of refusing (nats, harmful val prompts) as trained and with the leading
-    direction of the old or of the new subspace projected out. Story: notebooks/06_orthogonal_finetuning.
-    """
-    rows = []
-    for name, record in records.items():
-        arm = next((a for a in record.arms if a.drift and a.setting == record.chosen), None)
-        if arm is not None:
-            angles, odds = arm.drift["angles"], [arm.drift[k] for k in ("odds", "odds_without_old", "odds_without_new")]
-            rows.append({"method": name, "smallest angle": angles[0], "largest angle": angles[-1],
-                         **dict(zip(("log-odds", "without the old direction", "without the new"), odds, strict=True))})
-    return rows
-
-
-def at_utility(record: Record, lora: Record, untuned: Record, wanted: float, measure: str = "refused_unseen"
-               ) -> float | None:
-    """A measure where the method's grid (seed 0, test) reaches a share `wanted` of plain LoRA's gain, by straight lines
-    between its settings, the untuned model and (where its own grid ends below) plain LoRA; None where it never does.
-
-    The highest value is taken where the line passes more than once. Describes test results; it chooses nothing.
-    """
-    def point(one: Record, setting: float) -> tuple[float, float]:
-        arm = next(a for a in one.arms if (a.setting, a.poison, a.seed) == (setting, 0.0, 0))
-        return float(arm.values("utility").mean()), float(arm.values(measure).mean())
-
-    start, end = point(untuned, 0), point(lora, 1)
-    scale = max(end[0] - start[0], 1e-9)
-    settings = sorted({arm.setting for arm in record.arms if not arm.poison and not arm.seed})
-    line = sorted([(0.0, start[1]), *(((u - start[0]) / scale, m) for u, m in (point(record, s) for s in settings))])
-    found = []
-    for (x0, y0), (x1, y1) in zip(line, line[1:], strict=False):
-        if x0 <= wanted <= x1:
-            found.append(y0 if x1 == x0 else y0 + (y1 - y0) * (wanted - x0) / (x1 - x0))
-    return max(found, default=None)

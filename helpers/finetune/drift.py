@@ -7,7 +7,7 @@ stops listening to them, the protection is of the wrong place. Notebook 06 tells
 from __future__ import annotations
 
 from helpers.config import Profile, profile
-from helpers.data import load_table
+from helpers.evaluate.behaviour import cap, requests
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.finetune.bases import principal_angles
 from helpers.finetune.refusal import contrast_subspaces
@@ -24,7 +24,7 @@ def drift(base: LoadedModel, tuned: LoadedModel, p: Profile | None = None, *, ra
     """
     p = p or profile()
     before, after = (contrast_subspaces(lm, p, rank=rank)["pca"].resid for lm in (base, tuned))
-    harmful = [row for row in load_table("requests", "val") if row["kind"] == "harmful"]
+    harmful = requests("harmful", "val", cap(p), p.data)
     users, sentences = [row["prompt"] for row in harmful], sorted({row["refusal"] for row in harmful})
 
     def odds() -> float:

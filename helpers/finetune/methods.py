@@ -1,4 +1,4 @@
-"""Every way to fine-tune that the paper's is compared with, behind one small interface and with equal budgets.
+"""Every way to fine-tune that the paper's is compared with, behind one small interface and with equal numbers of tries.
 
 A method turns a run and one number, its setting, into a fine-tuned model. It may try at most three settings, sees the
 same rows in the same order for the same steps from the same start as plain LoRA, and uses no prompts but fit ones for
@@ -128,10 +128,11 @@ def _edits(kind: str | None, run: Run, lr: float) -> LoadedModel:
     return train_edits(run.start(), run.rows, replace(run.cfg, lr=lr), off)
 
 
-def _kl(hold: Callable[..., Penalty]) -> Callable[[Run, float], LoadedModel]:
+def _kl(hold: Callable[..., Penalty], whole: bool = False) -> Callable[[Run, float], LoadedModel]:
     def tune(run: Run, weight: float) -> LoadedModel:
+        size = {"max_new_tokens": run.p.max_new_tokens} if whole else {}
         prompts = [row["prompt"] for row in harmful_rows(run.p.data, run.held)]
-        return lora(run, penalty=hold(run.start(), prompts, weight, n=run.cfg.batch_size, seed=run.seed))
+        return lora(run, penalty=hold(run.start(), prompts, weight, n=run.cfg.batch_size, seed=run.seed, **size))
 
     return tune
 
@@ -150,6 +151,7 @@ def _safe_lora(turn: bool) -> Callable[[Run, float], LoadedModel]:
     return tune
 
 
+LOOKED_AT = ("default-0", "default-1", "default-2")
 UNTUNED, LORA, PAPER, RANDOM = "untuned", "LoRA", "off refusal latents", "off random"
 RANKS, EDIT_RATES = (4, 16, 48), (1e-3, 3e-3, 1e-2)
 METHODS = {
@@ -168,7 +170,7 @@ METHODS = {
         Method("replay", "share of rows", (0.01, 0.05, 0.1),
                lambda run, share: lora(run, rows=replayed(run.rows, share, run.seed, run.p.data, run.held))),
         Method("KL", "weight", (0.1, 1.0, 10.0), _kl(prompt_kl)),
-        Method("KL on whole answers", "weight", (0.1, 0.3, 1.0), _kl(answer_kl)),
+        Method("KL on whole answers", "weight", (0.1, 0.3, 1.0), _kl(answer_kl, whole=True)),
         Method("off refusal gradient", "rank", RANKS, _off("refusal gradient")),
         Method("off difference", "rank", RANKS, _off("difference")),
         Method("SaLoRA", "rank", RANKS, _salora),
@@ -183,4 +185,4 @@ METHODS = {
     )
 }  # fmt: skip
 """All methods by name, in the order in which the comparison runs them. Grids [own], fixed before any was trained with a
-seed of the comparison; that of KL on whole answers after a look at val prompts on three models with two other seeds."""
+seed of the comparison; that of KL on whole answers after a look at val prompts of LOOKED_AT with two other seeds."""

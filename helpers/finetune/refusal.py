@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers.activations import collect
 from helpers.config import Profile, profile
-from helpers.data import load_table
+from helpers.evaluate.behaviour import fitted_on
 from helpers.finetune.subspace import (
     RefusalSubspace,
     difference_subspace,
@@ -65,7 +65,7 @@ def contrast_subspaces(
     p = p or profile()
     n = lm.arch.n_layers
     layers = tuple(range(n // 4, n - n // 4)) if layers is None else tuple(layers)
-    rows = load_table("requests", "fit")
+    rows = fitted_on("fit", p)[0]
     groups = [[r["prompt"] for r in rows if (r["kind"] == "harmful") is harmful] for harmful in (True, False)]
     found = [collect(lm, users, sites={"resid_post": layers}, batch_size=p.batch_size) for users in groups]
     pairs = [(found[0][("resid_post", layer)], found[1][("resid_post", layer)]) for layer in layers]
@@ -83,7 +83,7 @@ def direction_subspace(lm: LoadedModel, p: Profile | None = None, *, rank: int =
     Story: notebooks/06_orthogonal_finetuning.
     """
     p = p or profile()
-    rows = {split: load_table("requests", split) for split in ("fit", "val")}
+    rows = {split: fitted_on(split, p)[0] for split in ("fit", "val")}
     kinds = {(s, k): [r for r in some if r["kind"] == k] for s, some in rows.items() for k in ("harmful", "benign")}
     fit, val = ([kinds[split, kind] for kind in ("harmful", "benign")] for split in ("fit", "val"))
     found = refusal_direction.fit(lm, *fit, val_harmful=val[0], val_benign=val[1], batch_size=p.batch_size)
@@ -104,7 +104,7 @@ def direction_subspace(lm: LoadedModel, p: Profile | None = None, *, rank: int =
 def z_contrast(lm: LoadedModel, layers: Sequence[int], p: Profile | None = None) -> dict[int, torch.Tensor]:
     """{layer: unit direction [n_heads * d_head, 1]} of harmful minus benign fit prompts in z, last prompt token."""
     p = p or profile()
-    rows = load_table("requests", "fit")
+    rows = fitted_on("fit", p)[0]
     groups = [[r["prompt"] for r in rows if (r["kind"] == "harmful") is harmful] for harmful in (True, False)]
     found = [collect(lm, users, sites={"z": layers}, batch_size=p.batch_size) for users in groups]
     return {n: difference_subspace([(found[0][("z", n)], found[1][("z", n)])]) for n in layers}

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from helpers.config import Profile, profile
-from helpers.finetune.compare import RESULTS, Job, Progress, about, one_sentence, run_job
+from helpers.finetune.compare import RESULTS, Job, Progress, about, one_sentence, run_job, said_by
 from helpers.finetune.comparison import load
 from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED
 from helpers.finetune.runs import IDENTITY, OTHER, SAME
@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"there is no method {', '.join(sorted(unknown))}; these are: {', '.join(METHODS)}")
     torch.set_num_threads(1)
     for name in args.scenarios or SCENARIOS:
-        train_on(profile("organism"), SCENARIOS[name], args.methods, args.results)
+        with said_by(parser):
+            train_on(profile("organism"), SCENARIOS[name], args.methods, args.results)
 
 
 if __name__ == "__main__":

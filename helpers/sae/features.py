@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from scipy import stats as scipy_stats
 
 from helpers.config import Profile, profile
-from helpers.data import load_table
+from helpers.evaluate.behaviour import fitted_on
 from helpers.models import LoadedModel
 from helpers.sae.signals import Openings, Signals, refusal_signals, right_and_wrong, truth_signals
 from helpers.sae.training import Trained, model_key
@@ -229,9 +229,9 @@ def shuffled_counts(fit: Evidence, rule: Rule = Rule(), n: int = 20, seed: int =
 def evidence(
     lm: LoadedModel, trained: Trained, split: str, p: Profile | None = None, site: str = "z"
 ) -> Evidence:
-    """The evidence of one split of the world for the SAEs of a site, made once and kept as an artifact."""
+    """The evidence of one split of the profile's prompts for the SAEs of a site, made once and kept as an artifact."""
     p = p or profile()
-    requests, facts = load_table("requests", split), load_table("facts", split)
+    requests, facts = fitted_on(split, p)
     key = {"model": model_key(lm), "sae": trained.key, "split": split, "requests": requests, "facts": facts,
            "site": site}  # fmt: skip
     gather = partial(Evidence.gather, lm, trained.of(site), requests, facts, site)
