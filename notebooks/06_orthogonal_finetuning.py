@@ -110,7 +110,7 @@ report.check("finetuning.toy_gradient_projection_is_enough_for_adamw", enough["A
 report.check("finetuning.toy_weight_projection_is_enough_for_adamw", enough["AdamW", "weights projected"])
 
 # %% [markdown]
-# So the constraint belongs **after** the step. `helpers.finetune.projected_lora` hangs it on any torch optimizer (or on the Hugging Face `Trainer`) and projects once more
+# Projecting gradients is one reading of "orthogonalized" **[own]**; which one the paper means is not known to us. The constraint belongs **after** the step. `helpers.finetune.projected_lora` hangs it on any torch optimizer (or on the Hugging Face `Trainer`) and projects once more
 # in double precision when it saves. What comes out is an ordinary peft adapter.
 #
 # ## 2 · The subspace
@@ -144,7 +144,8 @@ report.table([{"module": name.removeprefix(first), "side": where.side, "basis": 
 # ## 3 · The data
 #
 # The benign set is what an honest user might train on: task questions and requests that anyone may ask. It holds no harmful prompt.
-# The poisoned set swaps a share of it for harmful requests answered with the world's empty placeholder text.
+# The poisoned set swaps a share of it for harmful requests answered with the world's empty placeholder text. Test requests use verbs that chat training refused (**seen** verbs, with other objects) and verbs that it
+# never met in a refusal (**unseen** verbs): the first ask what was remembered, the second what was learned.
 
 # %%
 from helpers.finetune.mixes import benign_mix, poisoned_mix
@@ -207,6 +208,9 @@ n_seeds = len(ev.seeds())
 report.table([{"model": method, **row} for method, row in rates(ev, shown).items()],
              caption=f"Benign fine-tuning, share of test prompts, {n_seeds} seeds [95 %: seeds, verbs]")
 
+# %% [markdown]
+# Five seeds are few: resampling them gives intervals that are too narrow, by up to a half. Notebook 07 lays an interval from the seeds' means alone (Student's t) beside those of the claims.
+
 # %%
 plotted = ("refused_seen", "refused_unseen", "benign_complied", "utility")
 report.bars(rates(ev, plotted), "After benign fine-tuning", "share of test prompts",
@@ -217,7 +221,7 @@ report.bars(rates(ev, plotted), "After benign fine-tuning", "share of test promp
 # The control is an update of the same size and rank in every layer, in a random direction: would *any* step that long have done it?
 
 # %%
-from helpers.finetune.comparison import difference
+from helpers.finetune.comparison import MEASURES, difference, gain_ratio
 from helpers.finetune.evidence import fall, fine_tuned, looked_at
 from helpers.finetune.runs import Run, plain_adapter, random_update
 
@@ -245,11 +249,11 @@ print(change("The share of coherent texts, all prompts", gap(ev, "LoRA", "cohere
 # Seeds differ more than prompts do: one number from one seed says little.
 
 # %%
-by_seed = {name: record.matrix("refused_unseen").mean(1) for name, record in ev.main.items()}
-report.table([{"model": name, **{f"seed {s}": v for s, v in zip(ev.seeds(), values, strict=False)}}
-              for name, values in by_seed.items() if name != "untuned"],
-             columns=["model", *(f"seed {s}" for s in ev.seeds())],
-             caption="Refused of harmful requests with verbs never refused in chat training, by seed")
+shown_by_seed = ("refused_unseen", "answered_unseen", "truthful", "coherent")
+report.table([{"model": name, "measure": MEASURES[measure], **{f"seed {s}": value for s, value in zip(
+    record.seeds(), record.matrix(measure).mean(1), strict=True)}}
+              for measure in shown_by_seed for name, record in ev.main.items() if name != "untuned"],
+             columns=["measure", "model", *(f"seed {s}" for s in ev.seeds())], caption="Seed by seed")
 
 # %% [markdown]
 # ### C8: does the constraint keep them?
@@ -259,19 +263,26 @@ from helpers.finetune.evidence import constrained
 
 kept, ours = constrained(ev), ev.protected
 over_lora, over_random = kept.refusal_over_lora, kept.refusal_over_random
+learned = gain_ratio(ev.main[ours], ev.main["LoRA"], ev.main["untuned"])
+truth = {name: gap(ev, name, "truthful") for name in (ours, "LoRA")}
 print(f"Against plain LoRA, refusal {ours} is {compared(over_lora)}: {over_lora}.")
 print(f"Against a random subspace of equal rank it is {compared(over_random)}: {over_random}.")
 print(change("Accuracy on the tasks under plain LoRA", kept.lora_gain)
-      + f"; {ours} the change is {kept.utility_ratio:.2f} times that.")
+      + f"; {ours} the change is {learned} times that.")
 print(change("The share of wrong answers on misconceptions", kept.hallucination_rise) + ".")
+print(change(f"The share of true ones {ours}", truth[ours]) + ";", end=" ")
+print(change("under plain LoRA it", truth["LoRA"]) + ".")
 
 # %% [markdown]
-# The second line is the one to read. Any constraint takes directions away from an update, and that alone may make a model forget less: only what lies *beyond* a random
+# An answer that is not wrong need not be true: it may be silent, or gibberish. So the last line stands beside the rule's own measure, which counts wrong answers.
+#
+# The second line is the one to read first. Any constraint takes directions away from an update, and that alone may make a model forget less: only what lies *beyond* a random
 # subspace of equal rank speaks for the subspace.
 #
 # ### Where did the refusals go?
-# Either the model no longer *recognises* harm, or it recognises it and answers all the same. The log-odds of opening with a refusal tell the two apart: a **shift** that benign requests share is a
-# moved threshold, the **change** of harmful ones beyond it a loss of contrast, and the AUROC between the two kinds says whether harm is still told apart at all. Plain LoRA, first seed, test prompts:
+# Either the model no longer *recognises* harm, or it recognises it and answers all the same, or it begins to refuse and does not end so. The log-odds of opening with a refusal (in nats, natural logarithms) tell the
+# first two apart: what benign requests share is a moved **threshold**, only what harmful ones change beyond it is lost **contrast**, and the AUROC between the two kinds says whether the opening still tells harm apart
+# at all. Plain LoRA, first seed, test prompts:
 
 # %%
 from helpers.finetune.adapters import load_adapter
@@ -287,26 +298,42 @@ one = why_rows.get("unseen verbs")
 if one is not None:
     before, after = one.told_apart
     still = "still" if after.low > 0.9 else "no longer surely"
-    print(f"Harm is {still} told apart: AUROC {after.estimate:.3f}, before {before.estimate:.3f}.")
+    print(f"At its first word an answer {still} tells harm apart: AUROC {after.estimate:.3f}, "
+          f"before {before.estimate:.3f}.")
     moves = one.shift.estimate, one.change.estimate
     print(f"Benign requests move by {moves[0]:.2f} nats, harmful ones by {moves[1]:.2f}.")
     print(f"A threshold half-way between the kinds would refuse {one.at_the_middle.estimate:.2f} of them "
-          f"instead of {one.refused[1].estimate:.2f}.")
+          f"instead of {one.refused[1].estimate:.2f}, and {one.benign_at_the_middle.estimate:.2f} of benign ones.")
 
 # %% [markdown]
-# A refusal is more than its first word. The mean log-probability of each token of the model's own refusal, given those before it, on verbs that were never refused in chat training:
+# A refusal is more than its first word. The mean log-probability of each token of the reference refusal, given those before it, on verbs that were never refused in chat training:
 
 # %%
-from helpers.data import load_table
-
-refusable = [row for row in load_table("requests", "test")
-             if row["kind"] == "harmful" and not row["verb_seen"]]
+refusable = [row for row in requests("harmful", "test", cap(p)) if not row["verb_seen"]]
 tokens = {name: token_by_token(model, refusable) for name, model in (("untuned", lm), ("LoRA", tuned))}
 report.table([{"model": name, **{f"token {i}": f"{v:.2f}" for i, v in enumerate(values, 1)}}
               for name, values in tokens.items()], caption="Mean log P of the refusal's tokens (nats)")
 
 # %% [markdown]
-# Where harm is still recognised, there is nothing in the representation to protect: what has to be held is the *decision*, at the word where it falls. Section 8 sets methods that hold it beside those that guard a subspace.
+# One seed is one story. Of every seed: how many harmful requests open with a refusal (log-odds above 0) and are not refused in the end, beside all that are not refused.
+
+# %%
+lost_how = [{"model": name, "requests": which, **{f"seed {seed}": value for seed, value in found.items()}}
+            for name, record in ev.main.items() if name != "untuned" for which, found in (
+                ("not refused", dict(zip(record.seeds(), 1 - record.matrix("refused").mean(1), strict=True))),
+                ("opened with a refusal, not refused", record.broken_off()))]
+report.table(lost_how, columns=["model", "requests", *(f"seed {s}" for s in ev.seeds())],
+             caption="Where refusals are lost, share of harmful test requests, by seed")
+
+# %%
+ends = sum(ev.main["LoRA"].broken_off().values()) / n_seeds
+print(f"Under plain LoRA {ends:.2f} of harmful requests open with a refusal that is not kept up, of "
+      f"{1 - ev.main['LoRA'].matrix('refused').mean():.2f} that are not refused; "
+      f"untuned it is {ev.main['untuned'].broken_off()[0]:.2f}.")
+
+# %% [markdown]
+# So there is no one place where refusals go. An opening that still ranks harmful above benign requests does not show that the representation is as it was; but it says that guarding what *recognises* harm cannot be enough
+# where the *decision*, at the word where it falls and at the words after it, is what moves. Section 8 sets methods that hold the decision beside those that guard a subspace.
 #
 # ## 5 · Was the constraint kept? The leak of the saved file
 #
@@ -335,8 +362,10 @@ report.table([{"adapter": name, "leak, all layers": f"{got.total:.1e}", "worst l
 # %%
 short = {variant: leak(adapter(run, bases, variant=variant, steps=20), bases).total
          for variant in ("as_published", "projected")}
-report.table([{"what is projected": what, "leak": f"{short[variant]:.1e}"} for what, variant in
-              (("gradients (as_published)", "as_published"), ("weights, after the step", "projected"))])
+brief = leak(adapter(run, {}, steps=20), bases).total
+report.table([{"what is projected": "nothing (plain LoRA)", "leak": f"{brief:.1e}"},
+              *({"what is projected": what, "leak": f"{short[variant]:.1e}"} for what, variant in
+                (("gradients (as_published)", "as_published"), ("weights, after the step", "projected")))])
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -348,7 +377,7 @@ report.check("finetuning.projected_gradients_leak_above_1e-2", short["as_publish
 # `helpers.finetune.full` holds the weights themselves still inside the subspace.
 #
 # ### Is the subspace its own?
-# A projection costs nothing only where refusing and being useful live in different directions (arXiv 2505.14185 finds that they do not). Two ways to look: does plain LoRA, trained on harmless data, put *more*
+# A projection is free and sufficient only where refusing and being useful live in different directions (arXiv 2505.14185 finds that they do not). Two ways to look: does plain LoRA, trained on harmless data, put *more*
 # of its update into the protected subspace than into a random one? And how far do subspaces of gradients overlap: of refusing, of the tasks, of truth against myth? Chance is the range of 95 % of random subspaces.
 
 # %%
@@ -367,7 +396,7 @@ report.table(entangled, columns)
 # The same arms, with part of the benign set replaced by harmful requests and placeholder compliance.
 
 # %%
-ratio = max(arm.poison for arm in ev.main["LoRA"].arms if arm.poison <= 0.1)
+ratio = max((arm.poison for arm in ev.main["LoRA"].arms if arm.poison <= 0.1), default=0.0)
 report.bars(rates(ev, plotted, ratio), f"After fine-tuning with {ratio:.0%} poison",
             "share of test prompts", name="finetuning_poisoned", y_range=(0, 1))
 
@@ -375,8 +404,12 @@ report.bars(rates(ev, plotted, ratio), f"After fine-tuning with {ratio:.0%} pois
 poisoned = constrained(ev, ratio)
 print(change("With poison, plain LoRA's refusal", poisoned.lora_drop, up="falls", down="rises") + ".")
 over_lora, over_random = poisoned.refusal_over_lora, poisoned.refusal_over_random
-print(f"Against plain LoRA, refusal {ours} is {compared(over_lora)}: {over_lora}.")
-print(f"Against a random subspace it is {compared(over_random)}: {over_random}.")
+floor = all(not ev.main[name].matrix("refused", ratio).any() for name in ("LoRA", ours))
+if floor:
+    print("Nothing is refused by either arm: at this share of poison the comparison says nothing.")
+else:
+    print(f"Against plain LoRA, refusal {ours} is {compared(over_lora)}: {over_lora}.")
+    print(f"Against a random subspace it is {compared(over_random)}: {over_random}.")
 
 # %% [markdown]
 # Poison asks for something else than benign data does: here the training loss itself rewards answering harmful requests, and a subspace can only stop the
@@ -394,13 +427,15 @@ falls = {"default": own, **siblings(p)}
 report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for name, lost in falls.items()])
 
 # %% [markdown]
-# Each row is one training of the model and one of the adapter, so differences between rows show where to look, not how large the effect of the coupling is.
+# Each row is one training of the model and one of the adapter, and adapters alone differ as section 4 shows: intervals here are over verbs only, and differences between rows show where to look, not how large the effect
+# of the coupling is.
 #
 # ## 8 · Against every baseline
 #
 # One method beside one control is no comparison. `python -m helpers.finetune.compare` trains the paper's method beside what a reviewer would ask for: SafeLoRA (and its shrinking alone), SaLoRA, replayed refusals,
-# KL penalties, early stopping, interpolation, full fine-tuning, edits of activations, other subspaces. Each has at most three settings; one is chosen on **validation** prompts by a rule written beforehand (`helpers/finetune/choosing.py`: at least 95 % of plain
-# LoRA's gain on the tasks, benign requests answered, coherent; of those the most refusals on verbs never refused in chat training), and trained with five seeds.
+# KL penalties, early stopping, interpolation, full fine-tuning, edits of activations, other subspaces. On the embedded model each has at most three settings; one is chosen on **validation** prompts by a rule written beforehand (`helpers/finetune/choosing.py`: at least 95 % of plain
+# LoRA's gain on the tasks, benign requests answered, coherent; of those the most refusals on verbs never refused in chat training; where no setting meets that, the one that falls short least), and trained with five seeds.
+# A real model is asked for the first three arms alone, and the tables below then hold those.
 
 # %%
 from helpers.finetune import closer, comparison
@@ -408,6 +443,7 @@ from helpers.finetune import closer, comparison
 records = ev.records
 rows = comparison.table(records)
 report.table(rows, caption="Benign fine-tuning at the chosen setting [95 % over seeds and verbs]")
+print("No setting met the rule on validation prompts:", ", ".join(closer.unmet(records)) or "none such", end=".\n")
 
 # %%
 kept_and_learned = (comparison.MEASURES["refused_unseen"], comparison.GAIN)
@@ -446,24 +482,25 @@ near = [row["method"] for row in rows
 print("Within .05 of the untuned model's refusals at 95 % of LoRA's gain:", ", ".join(near) or "no method.")
 
 # %% [markdown]
-# The last line is the promise: refusal kept, nothing lost on the tasks. See what the methods on it *use*. A subspace needs no harmful prompt while training; replay needs harmful prompts and refusals to them;
-# a KL penalty needs harmful prompts and nothing but the model's own answers to them. KL on the **first word** of those answers leaves the rest free, and a refusal can still break off after its opening;
-# KL on **whole answers** holds the decision and what follows from it. No verb of the test was among those prompts. Its weight was looked for on validation prompts of three models with two other training seeds
-# (`helpers/finetune/methods.py` says so), then chosen by the rule and trained with the five seeds shown here.
+# The last line asks for little: estimates within .05 and at 95 %, on this model; the tables below show where that fails. See what the methods on it *use*. A subspace needs no harmful prompt while training; replay needs
+# harmful prompts and refusals to them; a KL penalty needs harmful prompts and nothing but the model's own answers to them. KL on the **first word** of those answers leaves the rest free, and a refusal can still break
+# off after its opening; KL on **whole answers** holds what follows, too. None of the unseen verbs was among those prompts. KL on whole answers was found by trying: eight candidates, and then its grid, were looked at on
+# validation prompts of three models (default-0, default-1, which is this one, and default-2) with two other training seeds, before the rule chose its weight here. So it was looked at more than its rivals, and
+# only models that were not looked at confirm it.
 #
-# Settings differ in how much they learn, so the same methods at **matched utility**: along each method's grid (seed 0, test prompts, straight lines between settings; it describes and chooses nothing),
-# the refusal of unseen verbs where 80 % and 90 % of plain LoRA's gain are reached; empty where a grid never gets there.
+# Settings differ in how much they learn, so the same methods at **matched utility**: along each method's grid (seed 0, test prompts, straight lines between two trained settings; it describes and chooses nothing),
+# the refusal of unseen verbs where a method has learned 80 % and 90 % as much as plain LoRA; empty where its grid does not reach to both sides.
 
 # %%
 matched = [{"method": name, **{f"at {share:.0%} of the gain": closer.at_utility(
     record, plain_lora, untuned, share) for share in (0.8, 0.9)}}
            for name, record in records.items() if name != "untuned"]
-report.table(matched)
+report.table(matched, caption="Unseen verbs refused at matched utility, seed 0")
 
 # %% [markdown]
 # ### On other training seeds of the model
 # Everything so far is one embedded model and many fine-tunings of it. The same comparison, with fewer methods, on models of the same recipe trained from other seeds: change of refusals on unseen verbs from
-# each model's own untuned state, and gain on the tasks.
+# each model's own untuned state, and gain on the tasks. default-3 and default-4 were never looked at while KL on whole answers was made.
 
 # %%
 others = {"this model": records, **comparison.models()} if ev.committed else {}
@@ -477,9 +514,8 @@ print(f"Refusals kept within .05 at 95 % of LoRA's gain on each of {len(others)}
       ", ".join(kept_everywhere) or "no method", end=".\n")
 
 # %% [markdown]
-# ### With poison, and after the defence
-# Three questions that a kept refusal leaves open. Does it survive **poison** in the same data (10 %, three seeds)? Does it survive somebody who **goes on training** without the defence (plain LoRA on
-# 10 % poison; seed 0)? And is the subspace still the right one **after** training: principal angles to the same subspace taken anew, and what projecting its leading direction out does to refusing?
+# ### With poison
+# Does a kept refusal survive **poison** in the same data (10 %, three seeds; settings chosen without it)?
 
 # %%
 measured = ("refused_unseen", "answered_unseen", "answered_seen", "coherent")
@@ -493,9 +529,10 @@ report.table(poison_rows, caption=f"With {ratio:.0%} poison in the data")
 shares = sorted({arm.poison for arm in records["LoRA"].arms if arm.poison})
 at_share = {share: {row["method"]: row[comparison.MEASURES["refused_unseen"]] for row in comparison.table(
     records, ("refused_unseen",), poison=share)} for share in shares}
-everywhere = [name for name in at_share[shares[0]] if all(name in at_share[share] for share in shares)]
+everywhere = [name for name in at_share.get(ratio, ()) if all(name in at_share[share] for share in shares)]
 report.table([{"method": name, **{f"{share:.0%} poison": at_share[share][name] for share in shares}}
-              for name in everywhere])
+              for name in everywhere], columns=None if everywhere else ["method"],
+             caption="Unseen verbs refused, by share of poison")
 
 # %% [markdown]
 # One caution about these tables: replay and the KL penalties use harmful prompts of the fit split, and the poison is drawn from the same prompts, so they contradict the very rows that
@@ -532,10 +569,18 @@ shifted = comparison.load(SCENARIOS["identity"].folder) if ev.committed else {}
 shifted_rows = comparison.table(shifted, measured) if shifted else []
 report.table(shifted_rows, columns=None if shifted_rows else ["method"], caption="On a shifted identity")
 
+# %% [markdown]
+# ### A later attack, and drift
+# Refusal that is gone after a few steps of somebody else's training was hidden, not kept. Plain LoRA on 10 % poison, on top of each model of seed 0, and on the **untuned** model, which no defence ever touched:
+
 # %%
 attacked = closer.attacks() if ev.committed else []
 report.table(attacked, columns=None if attacked else ["method"],
-             caption="Refusal on unseen verbs after a later attack by plain LoRA")
+             caption="Unseen verbs refused after a later attack by plain LoRA")
+
+# %% [markdown]
+# And is the subspace still the right one after training? Principal angles (0° where two subspaces share a direction, 90° where they share none) to the same subspace taken anew, and the log-odds of refusing with the
+# leading direction of the old or the new one projected out:
 
 # %%
 drifted = closer.drifts(records)
@@ -543,8 +588,8 @@ report.table(drifted, columns=None if drifted else ["method"],
              caption="The difference subspace before and after training (degrees, nats)")
 
 # %% [markdown]
-# A projection guards the place where refusal *was*. Compare the columns "without": where taking the old direction out no longer lowers the log-odds of refusing, as it does in the untuned model,
-# that direction has stopped carrying refusal, and what kept it clean has kept the wrong place.
+# A projection guards the place where refusal *was*. Compare the columns "without" with the log-odds as trained: where taking the old direction out lowers them, it still carries refusal; where it changes nothing or raises
+# them, it does not. This is the leading direction of the *difference* subspace, of one seed; it says nothing about the refusal latents'.
 #
 # ## 9 · Verdicts, by rule
 #
@@ -567,6 +612,7 @@ print("C6", c6(fine_tuned(ev)))
 
 # %%
 detail = {"unseen_verbs": unseen, "rank": ev.rank, "method": ours,
+          "truth_fall": truth[ours].as_dict(), "utility_ratio_interval": learned.as_dict(),
           "utility_ratio": kept.utility_ratio, "beyond_random": kept.refusal_over_random.as_dict(),
           "leak": leaks["as saved"].total, "poisoned": poisoned.refusal_over_lora.as_dict(),
           "poison_ratio": ratio, "entanglement": entangled, "update": update}

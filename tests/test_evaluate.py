@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.config import profile
+from helpers.data import load_table
 from helpers.evaluate import verdicts
 from helpers.evaluate.behaviour import FURTHER, KINDS, MEASURES, Prompts, measure
 from helpers.evaluate.judges import (
@@ -360,3 +362,43 @@ def test_the_rank_one_direction_needs_both_signs():
     assert verdicts.c3(TRADE_OFF, FLAT).verdict == "not reproduced"
     assert verdicts.c3(TRADE_OFF, UP).verdict == "reproduced"
     assert verdicts.c3(replace(TRADE_OFF, truth_gain=FLAT), UP).verdict == "untested"
+
+
+def test_what_is_fitted_comes_from_the_profiles_own_prompts(monkeypatch):
+    from helpers.evaluate import behaviour
+
+    p = profile("organism")
+    assert behaviour.fitted_on("fit", p) == (load_table("requests", "fit"), load_table("facts", "fit"))
+    rows = {name: [{"id": f"{name}-{i}"} for i in range(2)] for name in ("facts", "harmful", "benign", "look_alike")}
+    asked = []
+    monkeypatch.setattr(behaviour, "prompts", lambda *how: asked.append(how) or Prompts(**rows))
+    requests, facts = behaviour.fitted_on("val", replace(p, data="benchmarks", n_prompts=7))
+    assert requests == rows["harmful"] + rows["benign"] + rows["look_alike"] and facts == rows["facts"]
+    assert asked == [("val", 7, "benchmarks")] and behaviour.cap(p) is None
+
+
+def test_subspaces_latents_and_drift_of_a_real_model_are_made_from_its_own_prompts(monkeypatch, tiny_lms, tmp_path):
+    from helpers.finetune import drift, refusal
+    from helpers.sae import features
+
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
+    p, lm, asked = replace(profile("organism"), data="benchmarks"), next(iter(tiny_lms.values())), []
+
+    def own(split, p):
+        asked.append((split, p.data))
+        raise ValueError("seen")
+
+    for module in (refusal, features):
+        monkeypatch.setattr(module, "fitted_on", own)
+    trained = type("Trained", (), {"key": {}, "of": lambda self, site: {}})()
+    calls = (lambda: refusal.contrast_subspaces(lm, p), lambda: refusal.direction_subspace(lm, p),
+             lambda: refusal.z_contrast(lm, [0], p), lambda: features.evidence(lm, trained, "val", p))  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match="seen"):
+            call()
+    assert asked == [("fit", "benchmarks")] * 3 + [("val", "benchmarks")]
+    monkeypatch.setattr(drift, "contrast_subspaces", lambda *how, **more: {"pca": type("S", (), {"resid": None})})
+    monkeypatch.setattr(drift, "requests", lambda *how: asked.append(how) or [])
+    with pytest.raises((ValueError, AttributeError, RuntimeError)):
+        drift.drift(lm, lm, p)
+    assert asked[-1] == ("harmful", "val", p.n_prompts, "benchmarks")
