@@ -380,6 +380,7 @@ def test_what_is_fitted_comes_from_the_profiles_own_prompts(monkeypatch):
 def test_subspaces_latents_and_drift_of_a_real_model_are_made_from_its_own_prompts(monkeypatch, tiny_lms, tmp_path):
     from helpers.finetune import drift, refusal
     from helpers.sae import features
+    from helpers.sae.training import Trained
 
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
     p, lm, asked = replace(profile("organism"), data="benchmarks"), next(iter(tiny_lms.values())), []
@@ -390,7 +391,7 @@ def test_subspaces_latents_and_drift_of_a_real_model_are_made_from_its_own_promp
 
     for module in (refusal, features):
         monkeypatch.setattr(module, "fitted_on", own)
-    trained = type("Trained", (), {"key": {}, "of": lambda self, site: {}})()
+    trained = Trained({}, "none")
     calls = (lambda: refusal.contrast_subspaces(lm, p), lambda: refusal.direction_subspace(lm, p),
              lambda: refusal.z_contrast(lm, [0], p), lambda: features.evidence(lm, trained, "val", p))  # fmt: skip
     for call in calls:
