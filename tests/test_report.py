@@ -260,5 +260,5 @@ def test_exported_claims_hold_every_number_and_escape_what_latex_would_read():
     (line,) = [line for line in tex.splitlines() if line.startswith("C1 & ")]
     for cell, one in zip(line.split(" & ")[3:5], (stored["C1"], control), strict=True):
         assert cell == f"${one['estimate']:.3g}$ $[{one['ci_low']:.3g}, {one['ci_high']:.3g}]$"
-    assert tex.count("\\begin{tabularx}") == tex.count("\\end{tabularx}") == 1
+    assert tex.count("\\begin{tabular}") == tex.count("\\end{tabular}") == 1
     assert exports._latex("50 % of A_B & {x}\\~") == r"50 \% of A\_B \& \{x\}\textbackslash{}\textasciitilde{}"

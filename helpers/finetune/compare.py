@@ -182,8 +182,9 @@ def compare(
         write_json(out / f"{method.slug}.json", head_of_all | head | {"on_val": on_val, "arms": every})
 
     def seen(name: str) -> dict[float, OnVal]:
-        first = {job.setting: shares(Arm.of(one), "val") for job, one in arms[name].items() if "val" in one["bits"]}
-        before, lora = (shares(Arm.of(next(iter(arms[n].values()))), "val")["utility"] for n in (UNTUNED, LORA))
+        took = lambda one: shares(Arm.of(source_of(p) | one), "val")  # noqa: E731
+        first = {job.setting: took(one) for job, one in arms[name].items() if "val" in one["bits"]}
+        before, lora = (took(next(iter(arms[n].values())))["utility"] for n in (UNTUNED, LORA))
         return {setting: OnVal(s["refused_unseen"], (s["utility"] - before) / max(lora - before, 1e-9),
                                s["benign_complied"], s["coherent"]) for setting, s in first.items()}  # fmt: skip
 
@@ -208,11 +209,15 @@ def compare(
             work(missing)
 
 
+def source_of(p: Profile) -> dict[str, Any]:
+    """Where a profile's prompts are from, and at most how many of each set are asked."""
+    return {"source": p.data, "n_prompts": cap(p)}
+
+
 def about(p: Profile) -> dict[str, Any]:
     """What every file says of the run it is of: weights, numbers and prompts."""
     return {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
-            "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, "source": p.data,
-            "n_prompts": cap(p)}  # fmt: skip
+            "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, **source_of(p)}  # fmt: skip
 
 
 def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
@@ -225,8 +230,7 @@ def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
 
 def arms_of(p: Profile, jobs: Sequence[Job], workers: int = 1) -> list[Arm]:
     """The arms of these jobs, from the store or trained here by `workers` processes of one thread each."""
-    asked = {"source": p.data, "n_prompts": cap(p)}
-    return [Arm.of(asked | found) for found in _map(p, jobs, workers, {})]
+    return [Arm.of(source_of(p) | found) for found in _map(p, jobs, workers, {})]
 
 
 def _kept(out: Path, wanted: Mapping[str, Any]) -> dict[Job, dict]:

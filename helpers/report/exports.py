@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,20 @@ from helpers.report.sections import sections
 from helpers.report.tables import Table
 from helpers.store import write_text
 
+MAX_ROWS = 25  # of a table that stays on one page
 COLUMNS = ("id", "claim", "verdict", "reason", "estimate", "ci_low", "ci_high", "unit", "control", "control_estimate",
            "control_ci_low", "control_ci_high", "n_prompts", "n_seeds", "notebook", "profile", "model", "code_version")
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$",
-          "×": r"$\times$", "°": r"$^\circ$", "→": r"$\to$", **{c: f"\\{c}" for c in "&%$#_{}"}}
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+          ">": r"\textgreater{}", "|": r"\textbar{}", "−": "$-$", "×": r"$\times$",
+          "°": r"$^\circ$", "→": r"$\to$", "←": r"$\leftarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+          "≥": r"$\geq$", "≤": r"$\leq$", "≈": r"$\approx$", "≠": r"$\neq$", "±": r"$\pm$", "·": r"$\cdot$",
+          "‖": r"$\Vert$", "∞": r"$\infty$", "√": r"$\surd$", "Δ": r"$\Delta$", "λ": r"$\lambda$",
+          **{c: f"\\{c}" for c in "&%$#_{}"}, **{c: f"$_{i}$" for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+          **{c: f"$\\{unicodedata.name(c).split()[-1].lower()}$" for c in "αβγδεζηθικμνξπρστυφχψω"}}
 
 
 def export_claims(on: Profile | None = None) -> dict[str, Path]:
-    """Write `claims.csv` and `claims.tex` (needs booktabs and tabularx) beside `claims.json`, and every table of the
+    """Write `claims.csv` and `claims.tex` (needs booktabs and array) beside `claims.json`, and every table of the
     report's sections as `tables/<section>_<caption>.csv` and `.tex`; returns their paths.
 
     Story: notebooks/07_claims.
@@ -47,18 +54,32 @@ def table_csv(table: Table) -> str:
 
 
 def table_latex(table: Table) -> str:
-    """A table over the whole width: the column with the longest cells wraps, and the caption is a comment."""
-    lengths = [max([len(str(row[i])) for row in table.rows], default=0) for i in range(len(table.columns))]
-    wraps = [i for i, n in enumerate(lengths) if n > 40] or [lengths.index(max(lengths))]
-    form = "".join("X" if i in wraps else "l" for i in range(len(lengths)))
-    lines = ["% " + " ".join(table.caption.split()), r"% \usepackage{booktabs,tabularx}",
-             rf"\begin{{tabularx}}{{\linewidth}}{{{form}}}", r"\toprule", _line(table.columns), r"\midrule",
-             *map(_line, table.rows)]  # fmt: skip
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabularx}"]) + "\n"
+    """A table in small print as wide as the line, whose cells wrap in columns as wide as their text asks for.
+
+    The caption and the packages it needs are comments. One of more than MAX_ROWS rows is a longtable, which goes on
+    over pages.
+    """
+    cells = [[str(row[i]) for row in table.rows] for i in range(len(table.columns))]
+    words = [" ".join([name, *column]).split() for name, column in zip(table.columns, cells, strict=True)]
+    wide = [max(min(max(map(len, column), default=0), 40), max(map(len, some), default=0) + 4)
+            for column, some in zip(cells, words, strict=True)]  # fmt: skip
+    kind, head = ("longtable", [r"\endhead"]) if len(table.rows) > MAX_ROWS else ("tabular", [])
+    packages = f"booktabs,array{',longtable' * (kind == 'longtable')}"
+    return "\n".join([
+        "% " + " ".join(table.caption.split()), rf"% \usepackage{{{packages}}}", r"\begingroup\small",
+        rf"\noindent\begin{{{kind}}}{{{_columns(wide)}}}", r"\toprule", _line(table.columns), r"\midrule", *head,
+        *map(_line, table.rows), r"\bottomrule", rf"\end{{{kind}}}", r"\endgroup"]) + "\n"  # fmt: skip
+
+
+def _columns(weights: Sequence[float]) -> str:
+    """Columns of the line's width, ragged, in these proportions."""
+    return "".join(rf">{{\raggedright\arraybackslash}}p{{\dimexpr {w / sum(weights):.3f}\linewidth-2\tabcolsep}}"
+                   for w in weights)  # fmt: skip
 
 
 def _line(cells: Sequence[Any]) -> str:
-    return " & ".join(_latex(str(cell)) for cell in cells) + r" \\"
+    line = " & ".join(_latex(str(cell)) for cell in cells)
+    return ("{}" if line.startswith(("[", "*")) else "") + line + r" \\"  # else \\ above would take them as its option
 
 
 def claims_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -75,14 +96,15 @@ def claims_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def claims_latex(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table of claim, verdict, estimate and control with their 95 % intervals, prompts and seeds."""
-    lines = [r"% \usepackage{booktabs,tabularx}", r"\begin{tabularx}{\linewidth}{lXlllr}", r"\toprule",
+    lines = [r"% \usepackage{booktabs,array}", r"\begingroup\small",
+             rf"\noindent\begin{{tabular}}{{{_columns((5, 36, 14, 22, 22, 11))}}}", r"\toprule",
              r"& Claim & Verdict & Estimate [95\,\%] & Control [95\,\%] & $n \times$ seeds \\", r"\midrule"]
     for row in rows:
         control = _interval(row["control"]) if row["control"] else "---"
         cells = (row["id"], _latex(row["claim"]), _latex(row["verdict"]), _interval(row), control,
                  rf"${row['n_prompts']} \times {row['n_seeds']}$")
         lines.append(" & ".join(cells) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabularx}"]) + "\n"
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\endgroup"]) + "\n"
 
 
 def _interval(row: Mapping[str, Any]) -> str:
