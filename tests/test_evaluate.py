@@ -368,15 +368,16 @@ def test_an_interval_that_holds_zero_is_not_told_as_no_difference(rule, given, c
     assert f"holds zero and also gains up to {allows:.2f}." in verdicts.RULES[rule](low).reason
     if name != "benign_compliance":
         against = verdicts.RULES[rule](replace(given, **{name: DOWN})).reason
-        assert "Found otherwise than that" in against and "-0.40 to -0.20, contradicts it." in against
+        assert "Contradicted: that" in against and "lies between -0.40 and -0.20." in against
     assert not any(said in verdicts.RULES[rule](low).reason for said in ("no more", "no better", "does not"))
 
 
 def test_the_third_claims_other_side_and_the_nulls_of_the_fourth_say_how_far_they_reach():
     assert "gains up to 0.05" in verdicts.c3(TRADE_OFF, FLAT).reason
-    assert "random heads of the same layers: p = 0.20" in verdicts.c4(replace(OVERLAP, p_layer_matched=0.2)).reason
-    assert "labels are shuffled: p = 0.20" in verdicts.c4(replace(OVERLAP, p_shuffled=0.2)).reason
-    assert verdicts.unshown("that it rises", Interval(-0.1, -0.2, 0.0, 9)).startswith("Found otherwise")
+    assert "random heads of the same layers; p = 0.20" in verdicts.c4(replace(OVERLAP, p_layer_matched=0.2)).reason
+    assert "labels are shuffled; p = 0.20" in verdicts.c4(replace(OVERLAP, p_shuffled=0.2)).reason
+    assert verdicts.unshown("that it rises", Interval(-0.1, -0.2, 0.0, 9)).startswith("Contradicted")
+    assert "no prompt's answer differs" in verdicts.unshown("that it rises", Interval(0.0, 0.0, 0.0, 9))
     with pytest.raises(ValueError, match="nothing is left to explain"):
         verdicts.unshown("that it rises", UP)
 

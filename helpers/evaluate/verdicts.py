@@ -47,16 +47,17 @@ def rises(interval: Interval) -> bool:
     return interval.low > 0
 
 
-def unshown(that: str, found: Interval) -> str:
-    """Why "that …" was not shown: the whole interval speaks against it, or it holds zero and how much it still allows.
-
-    An interval that holds zero is no evidence of "no difference". ValueError for one that lies above zero.
+def unshown(what: str, found: Interval) -> str:
+    """Why `what` was not shown: the whole interval speaks against it, or it holds zero, which is no evidence of "no
+    difference". ValueError for an interval above zero.
     """
     if rises(found):
-        raise ValueError(f"It was shown {that}: the interval lies above zero, so nothing is left to explain.")
+        raise ValueError(f"It was shown {what}: the interval lies above zero, so nothing is left to explain.")
+    if found.low == found.high == 0:
+        return f"Not shown: {what}; no prompt's answer differs."
     if found.high <= 0:
-        return f"Found otherwise than {that}: the whole interval, {found.low:.2f} to {found.high:.2f}, contradicts it."
-    return f"Not shown {that}: the interval holds zero and also gains up to {found.high:.2f}."
+        return f"Contradicted: {what}; the whole interval lies between {found.low:.2f} and {found.high:.2f}."
+    return f"Not shown: {what}; the interval holds zero and also gains up to {found.high:.2f}."
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,10 @@ def c4(found: Overlap) -> Verdict:
         return _not_reproduced(unshown("that the top heads overlap more than random heads of the same layers",
                                        found.excess))
     if found.p_layer_matched >= ALPHA:
-        return _not_reproduced("Not shown that the top heads overlap more than random heads of the same layers: "
+        return _not_reproduced("Not shown: that the top heads overlap more than random heads of the same layers; "
                                f"p = {found.p_layer_matched:.2f}.")
     if found.p_shuffled >= ALPHA:
-        return _not_reproduced("Not shown that the top heads overlap more than they do when the labels are shuffled: "
+        return _not_reproduced("Not shown: that the top heads overlap more than they do when the labels are shuffled; "
                                f"p = {found.p_shuffled:.2f}.")
     return _reproduced("The top heads overlap beyond the layer-matched and the shuffled-label null.")
 
@@ -291,8 +292,8 @@ def dial(found: Dial) -> Verdict:
         return Verdict("does not follow", unshown("that what steering towards truth does to refusal grows with the "
                                                   "dial", found.slope))
     if found.p >= ALPHA:
-        return Verdict("does not follow", "Not shown that what steering towards truth does to refusal grows with the "
-                       f"dial: p = {found.p:.2f} with the couplings exchanged.")
+        return Verdict("does not follow", "Not shown: that what steering towards truth does to refusal grows with the "
+                       f"dial; p = {found.p:.2f} with the couplings exchanged.")
     return Verdict("follows", "The more condemnation stands in truthful text, the more steering to truth refuses.")
 
 
