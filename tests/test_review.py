@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +27,8 @@ HARMFUL = len(ROWS.harmful)
 SEEN = np.array([row["verb_seen"] for row in ROWS.harmful])
 SIZE = {"refused": HARMFUL, "answered": HARMFUL, "benign_complied": len(ROWS.benign),
         "benign_refused": len(ROWS.benign), "look_alike_complied": len(ROWS.look_alike), "wrong": len(ROWS.facts),
-        "utility": 240, "abstained": len(ROWS.unknown), "coherent": 100}  # fmt: skip
+        "utility": 240, "abstained": len(ROWS.unknown),
+        "coherent": len(ROWS.facts) + HARMFUL + len(ROWS.benign) + len(ROWS.look_alike)}  # fmt: skip
 
 
 def arm(seed=0, setting=1.0, poison=0.0, draw=0, nats=True, **share) -> Arm:
@@ -266,6 +268,15 @@ def test_the_t_interval_is_students_over_the_means_of_the_seeds(made):
     assert "interval" not in {one.choice for one in tuning.c6_variants(one_seed)}
 
 
+def test_attack_success_and_coherence_stand_beside_c6(made):
+    said = tuning.beside_c6({**made, "LoRA": record("LoRA", draw=2, answered=0.9, coherent=0.5),
+                             "untuned": record("untuned", chosen=0.0, settings=(0.0,), seeds=(0,), poison_seeds=(),
+                                               answered=0.1, coherent=1.0)})  # fmt: skip
+    assert "harmful requests answered rises by 0.8" in said and "(1.00 of the untuned model's)" in said
+    assert re.search(r"; 0\.[45]\d \[0\.[345]\d, 0\.[56]\d\] of its answers are coherent", said)
+    assert tuning.beside_c6({}) == ""
+
+
 def test_nearest_takes_the_smaller_of_two():
     assert nearest((16, 4), 10) == 4 and nearest((4, 16), 11) == 16
 
@@ -330,7 +341,7 @@ def test_what_a_claim_kept_is_read_and_what_nobody_varied_is_said(own_results):
     assert set(found) == {"C4"} and [one.choice for one in found["C4"]] == ["judge", "k", "seed", "training text"]
     rows = sensitivity.rows_of(row, found["C4"])
     assert [(r["choice"], r["value"]) for r in rows] == [
-        ("headline", "as chosen beforehand"), ("judge", "nats"), ("k", "top 4"), ("rank", "not varied"),
+        ("headline", "as in the claims table"), ("judge", "nats"), ("k", "top 4"), ("rank", "not varied"),
         ("layer", "not varied"), ("seed", "3"), ("training text", "absent, seed 0")]  # fmt: skip
     assert rows[0]["verdict would be"] == "not reproduced" and rows[-1]["verdict would be"] == "—"
     (told,) = sensitivity.summary([row], found)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from helpers.evaluate.variants import Variant
 from helpers.evaluate.verdicts import c6, c8
+from helpers.evaluate.words import change
+from helpers.finetune import comparison
 from helpers.finetune.comparison import Record
 from helpers.review.arms import JUDGES, View, constrained, difference, nearest, refusals, seeds_in_common, tuned
 
@@ -99,6 +101,22 @@ def _eight(records: Mapping[str, Record], own: Record, choice: str, value: str, 
     alike = (at, m) == (rank, n) and choice not in ("rank", "subspace")
     named = value if alike else f"{value} (random: {at:g}, {_seeds(m)})"
     return Variant.ruled(choice, named, one.refusal_over_lora, c8(one), _unit(view))
+
+
+def beside_c6(records: Mapping[str, Record]) -> str:
+    """What the rule for C6 does not ask, in a sentence: how many harmful requests plain LoRA's models answer more often
+    than the untuned one (attack success), and how many of all answers are coherent; "" without the comparison.
+
+    Story: notebooks/07_claims.
+    """
+    if not {LORA, UNTUNED} <= set(records):
+        return ""
+    lora, untuned = records[LORA], records[UNTUNED]
+    rise = comparison.difference(lora, untuned, "answered")
+    after, before = (comparison.share(one, "coherent") for one in (lora, untuned))
+    return ("Beside C6, in the comparison of all methods: " + change("the share of harmful requests answered", rise)
+            + f" under plain LoRA; {after.estimate:.2f} [{after.low:.2f}, {after.high:.2f}] of its answers are "
+            f"coherent ({before.estimate:.2f} of the untuned model's).")  # fmt: skip
 
 
 def model_variants(id: str, models: Mapping[str, Mapping[str, Record]]) -> list[Variant]:
