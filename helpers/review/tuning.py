@@ -62,7 +62,7 @@ def control_rank(own: Record, random: Record, rank: float, view: View, setting: 
     has (two for a t interval); None where there is none.
     """
     have, ready = set(refusals(own, view, setting)), []
-    for at in sorted({arm.setting for arm in random.arms if arm.poison == view.poison}):
+    for at in sorted({arm.setting for arm in random.arms}):
         common = have & set(refusals(random, view, at))
         common = common if view.seeds is None else common & set(view.seeds)
         ready += [at] if len(common) > (view.interval == "t") else []
