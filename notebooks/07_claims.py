@@ -168,8 +168,8 @@ display(*forests)
 # %%
 by_claim = [sensitivity.table_of(row, found[row["id"]]) for row in asked]
 note = ("No variant was chosen: the headline is that of the claims table. The rules are older than the "
-        "numbers; rank, seeds and prompts of C6 and C8 changed after a first result. Variants of C6 and C8 come "
-        "from the comparison of all methods, with its five seeds and all test prompts.")
+        "numbers; rank, seeds and prompts of C6 and C8 changed after a first result. Variants of C6 and "
+        "C8 come from the comparison of all methods, with its seeds and all test prompts.")
 report.section("sensitivity", 3, "Sensitivity", [note], [overview])
 if by_claim:
     report.section("sensitivity_each", 4, "Sensitivity, claim by claim", (), by_claim, forests)
