@@ -24,7 +24,8 @@ SETUP_LINE = "# Setup: on Colab, fetch the companion and what Colab lacks; anywh
 BADGE = re.compile(r"\[!\[[^\]]*\]\(https://colab\.research\.google\.com/assets/[^)]*\)\]\([^)]*\)")
 QUESTIONS = {
     "00_meet_the_model": ("What does the embedded model know, get wrong and refuse?", ""),
-    "01_the_trade_off": ("When steering makes a model more truthful, does it refuse less?", "C1 C2 C3"),
+    "01_the_trade_off": ("When steering makes a model more truthful, does it answer harmful requests more often?",
+                         "C1 C2 C3"),
     "02_overlapping_neurons": ("Do the same heads carry hallucination and refusal?", "C4 C5"),
     "03_training_saes": ("How good is a sparse autoencoder on z, honestly measured?", ""),
     "04_disentangling_features": ("Can refusal features be told from hallucination features?", "C7"),

@@ -11,13 +11,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alignment-tradeoff/companion/blob/main/notebooks/01_the_trade_off.ipynb)
 #
-# **When steering makes a model more truthful, does it refuse less?**
+# **When steering makes a model more truthful, does it answer harmful requests more often?**
 #
 # | claim | the paper's statement | how we know it |
 # |---|---|---|
-# | C1 | inference-time intervention (ITI) raises truthfulness and raises the success of attacks | secondary summary **[2]** |
+# | C1 | inference-time intervention (ITI) raises truthfulness and makes the model answer harmful requests more often (attacks succeed) | secondary summary **[2]** |
 # | C2 | TruthX, which edits a learned truthful space, does the same | secondary summary **[2]** |
-# | C3 | one rank-1 direction carries hallucination; steering against it raises truth and attack success, along it lowers truth | secondary summary **[2]** |
+# | C3 | one rank-1 direction carries hallucination; steering against it raises truth and answered harmful requests, along it lowers truth | secondary summary **[2]** |
 #
 # The paper's number of heads, strengths and decoding are not known to us, so those below are this companion's own choice **[own]**.
 # No number of the paper is reproduced here, only the direction of a change, with its interval. The last experiment, turning the coupling of truth and harm in the

@@ -290,7 +290,7 @@ at = places(lm, both, again, tokens, held.answers, batch_size=p.batch_size)
 report.table([place.row() for place in at.values()])
 
 # %%
-costs = {"more": "less than", "less": "more than", "same": "about as much as"}
+costs = {"more": "less than", "less": "more than", "same": "neither clearly more nor clearly less than"}
 for n in p.sae.layers:
     gain = cheaper(at, ("z", n), ("resid_post", n))
     print(f"Layer {n}: splicing z costs {compared(gain, **costs)} splicing the stream "

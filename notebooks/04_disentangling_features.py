@@ -334,7 +334,7 @@ report.bars(effect_bars(out, ("refused", "truthful")),
 # %%
 from helpers.evaluate.words import change, compared
 
-words = {"more": "more than", "less": "less than", "same": "about as much as"}
+words = {"more": "more than", "less": "less than", "same": "neither clearly more nor clearly less than"}
 for name, run in out.items():
     fall, against = run.fall("refused"), compared(run.beyond_control("refused"), **words)
     print(change(f"Without the {name} latents, refusal", fall, up="falls", down="rises") + ",", end=" ")

@@ -55,14 +55,17 @@ from helpers.config import profile
 from helpers.evaluate import verdicts
 from helpers.evaluate.summary import controls, estimates, rows_of, siblings
 from helpers.evaluate.words import grade
+from helpers.finetune import comparison
 
 p = profile()
 claims = report.collect_claims(p)
+records = comparison.load() if p.data == "organism" else {}
 
 # %% [markdown]
 # ## 1 · The table
 #
-# *Reproduced*: the direction holds and so does its comparison with a control. *Not reproduced*: the preconditions held, and the direction did not.
+# *Reproduced*: the direction holds and, where the rule asks for one, so does its comparison with a control; C6's rule asks for none, and its control is only shown.
+# *Not reproduced*: the preconditions held, and the direction was not shown; the reason says whether the interval contradicts it or merely holds zero, which is no evidence of "no effect".
 # *Untested*: a precondition failed or the method was not run, so the data say nothing either way. The last column leads to the cell of the notebook that made the claim.
 
 # %%
@@ -75,6 +78,16 @@ report.table([{**shown, "notebook": link} for shown, link in zip(rows_of(claims)
 # %%
 report.table([{"claim": row["id"], "why": row["reason"]} for row in claims],
              caption="What decided each verdict")
+
+# %% [markdown]
+# A refusal that falls is not yet an answer, and a model that babbles refuses nothing. So this stands beside C6, whose rule asks only for refusals and benign compliance:
+
+# %%
+from helpers.review.tuning import beside_c6
+
+if words := beside_c6(records):
+    report.section("beside", 0, "Beside the verdict on C6", [words])
+print(words or "The comparison of all methods is committed for the embedded model only.")
 
 # %% [markdown]
 # ## 2 · Estimate beside control
@@ -91,7 +104,8 @@ report.bars(measured, "Each claim's estimate beside its control", "in the claim'
 # %% [markdown]
 # ## 3 · The rules
 #
-# The verdicts were decided by functions written before any number was measured. This is the whole rule for C8:
+# The verdicts were decided by functions written before any number was measured. Since then the wording of their reasons was made more careful; no threshold and no condition was changed.
+# This is the whole rule for C8:
 
 # %%
 print(inspect.getsource(verdicts.c8))
@@ -107,13 +121,12 @@ ruled
 #
 # A defence is bought with something. To the right a model learned more of the tasks, upwards it kept more refusals of verbs that chat training never refused; thin bars are 95 % intervals over seeds and,
 # for refusals, verbs. A method is *dominated* if another is at least as good on both axes and better on one. The dashed line joins those that are not, by their estimates; since intervals are wide, the
-# table says in which share of resamples (seeds, verbs and tasks drawn once for all methods) a method stays undominated.
+# table says in which share of resamples (seeds, verbs and tasks drawn once for all methods) a method stays undominated. A method may stand on the line by a chance gain on either axis, even one that
+# refuses nothing: those that do so in under half of the resamples are named apart.
 
 # %%
-from helpers.finetune import comparison
 from helpers.review import methods
 
-records = comparison.load() if p.data == "organism" else {}
 fronts = methods.fronts(records)
 pictures = methods.front_pictures(fronts)
 pictures[0] if pictures else None
@@ -129,12 +142,15 @@ report.section("methods", 2, "Every method: what it learns and what it keeps", t
 display(*tables)
 
 # %% [markdown]
-# The untuned model is never dominated while it refuses most, because refusing everything new is one way of learning nothing; what matters is who is above plain LoRA *at its gain*.
+# Refusing everything new is one way of learning nothing, so the untuned model's place says little; what matters is who is above plain LoRA *at its gain*.
 #
 # ## 5 · Which verdicts hang on a choice?
 #
-# Every claim was measured one way, fixed beforehand. Here the same estimate and the same rule under other judges, k, ranks, layers and seeds, from runs that exist already. A choice for which there are none
-# says "not varied". Nothing is picked from these tables: the headline stays what it was.
+# Here every claim's estimate and rule under other judges, k, ranks, layers, seeds and kinds of interval, from runs that exist already. A choice for which there are none
+# says "not varied". Nothing is picked from these tables: the headline is what the claims table says.
+#
+# **What was not fixed beforehand.** The rules' text is older than the numbers, but what C6 and C8 are measured on changed after a first result: that came from two seeds, 120 prompts and a protected subspace of
+# rank 10 (C6 .44 [.09, .79], reproduced; C8 .23 [−.03, .53], not reproduced). Seeds and prompts became more, and the rank one that is chosen on validation prompts. Whether a verdict is another now, the table of section 1 tells.
 
 # %%
 from helpers.review import sensitivity
@@ -151,8 +167,9 @@ display(*forests)
 
 # %%
 by_claim = [sensitivity.table_of(row, found[row["id"]]) for row in asked]
-note = ("No variant was chosen: the headline is what was fixed before the numbers. Variants of C6 and C8 "
-        "come from the comparison of all methods, with its five seeds and all test prompts.")
+note = ("No variant was chosen: the headline is that of the claims table. The rules are older than the "
+        "numbers; rank, seeds and prompts of C6 and C8 changed after a first result. Variants of C6 and "
+        "C8 come from the comparison of all methods, with its seeds and all test prompts.")
 report.section("sensitivity", 3, "Sensitivity", [note], [overview])
 if by_claim:
     report.section("sensitivity_each", 4, "Sensitivity, claim by claim", (), by_claim, forests)
@@ -160,11 +177,13 @@ display(*by_claim)
 
 # %% [markdown]
 # A single seed has an interval over prompts alone, so it looks surer than it is: read the seeds as a set. Where they disagree, a study of one model would have published one of them.
+# Five seeds are few for a bootstrap: beside it stands a t interval over the seeds' means, which is wider. C8's control is a random subspace of the variant's own rank; where another had to stand in, the row names it.
 #
 # ## 6 · What speaks against
 #
 # Against the paper's reading, and against ours: random subspaces of equal rank, updates of equal norm, the overlap of what refuses with what is useful, methods that only show the model its
-# refusals, and steering beyond random directions. Each sentence follows from its numbers, and says so where they do *not* speak against anything.
+# refusals, and steering beyond random directions. Each sentence follows from its numbers: it stands *against* a reading only where the whole interval does, *for* it likewise, and *undecided* where the interval holds zero.
+# The items share models and prompts, so their number is a count and no test.
 
 # %%
 from helpers.review.contrary import contrary, in_words
@@ -172,8 +191,9 @@ from helpers.review.contrary import contrary, in_words
 evidence = contrary(claims, p)
 against = report.table([one.row() for one in evidence], columns=None if evidence else ["about"],
                        caption="Contrary evidence [95 % intervals]")
-print("\n".join(in_words(evidence)))
-report.section("contrary", 5, "Contrary evidence", in_words(evidence), [against])
+told = in_words(evidence, claims)
+print("\n".join(told))
+report.section("contrary", 5, "Contrary evidence", told, [against])
 against
 
 # %% [markdown]
@@ -184,13 +204,15 @@ against
 
 # %%
 followed = report.table(siblings(claims), columns=["claim", "coupling", "estimate"],
-                        caption="The same estimate on the siblings")
+                        caption="The same estimate on the siblings "
+                                "(C6: one training seed each, its intervals over verbs alone)")
 report.section("siblings", 6, "Does the trade-off follow the text?", tables=[followed])
 followed
 
 # %% [markdown]
 # If a trade-off is a property of the *text* a model was trained on rather than of transformers, it should move with the coupling. C1 to C3 are measured over the training seeds of each
-# coupling that are here (notebook 01 asks, with a rule and a test, whether they follow the dial), C6 on one training seed each; the row *default* of C6 is measured as its siblings are, so it need
+# coupling that are here (notebook 01 asks, with a rule and a test, whether they follow the dial), C6 on one training seed each: its intervals are over verbs alone, so differences between its rows may be
+# those between two trainings of one text. The row *default* of C6 is measured as its siblings are, so it need
 # not repeat the estimate of section 1.
 #
 # ## 8 · The leakage ledger
@@ -221,22 +243,21 @@ display(*held)
 # - **Harm is a label.** Harmful requests name verbs and objects the text condemns; the answers are empty placeholders. Nothing here measures the severity of an answer.
 # - **Judges by rule.** A closed world lets a rule decide refusal and compliance. On a real model judges disagree, and results change with them.
 # - **Few seeds.** The default profile shows what runs in minutes. `make reproduce PROFILE=organism-full` runs every seed and poison ratio; until it has, intervals over seeds are too narrow.
+# - **Five seeds make narrow intervals.** Those of C6 and C8 resample seeds, which is too narrow by up to a half; section 5 has a t interval over the seeds' means beside them.
+# - **Not everything was fixed first.** The rules are older than the numbers; rank, seeds and prompts of C6 and C8 changed after a first result (section 5).
 # - **The paper is known from its abstract.** Heads, layers, widths, ranks and rates are our own choice; another choice may be the paper's.
 #
 # ## 10 · What would change our mind
 #
-# | claim | a result that would reverse the verdict, or open it |
-# |---|---|
-# | C1 C2 C3 | truth rises beyond a random direction of equal size, and harmful requests are answered no more often, on several models; or truth does not rise at all, which leaves the claim untested |
-# | C4 | the overlap of the top heads vanishes, or appears, when layers are matched, labels shuffled, or k is changed |
-# | C5 | random heads of the same layers do the same when scaled |
-# | C6 | refusal survives benign fine-tuning over several seeds while the task is learned; or falls only where benign compliance falls with it |
-# | C7 | ablating the selected latents moves truth as much as refusal, or random latents of equal size do the same |
-# | C8 | a random subspace of equal rank, a smaller step, or a few refusals mixed into the data keep as much refusal at the same utility |
+# It depends on the verdict: a claim that is reproduced can be overturned, one that is not can still be shown, and one that is untested needs its precondition first.
 #
 # Evidence outside this repository that already speaks against the picture: safety subspaces may not be linearly distinct from useful ones (arXiv 2505.14185); truthfulness gains of steering
 # may not be significant at the usual sample size (arXiv 2606.12160); directions for hallucination and refusal can be nearly orthogonal (arXiv 2606.24952).
-#
+
+# %%
+report.reversals(claims)
+
+# %% [markdown]
 # ## 11 · The report
 #
 # One file with these tables and every figure, which needs nothing beside it; the claims and every table above as csv and as LaTeX (in `tables/`). Every figure of the notebooks stands in `figures/` as SVG.
@@ -283,27 +304,33 @@ given = [beyond(low, high) for low, high in cases]
 grade("Exercise 1", None if None in given else given, [1.0, 0.0, -1.0])
 
 # %% [markdown]
-# **2 · How many prompts?** A share near one half is to be known within ±.05 (95 %). How many prompts does that take, by the normal approximation?
+# **2 · How many prompts?** A share near one half is to be known within ±.05 (95 %). How many prompts does that take, by the normal approximation, if they come in groups of `m` (a verb's prompts) that fail together:
+# two of a group with correlation `rho`, two of different groups with none? The variance of the mean is then 1 + (m − 1)·rho times as large, the *design effect*.
 #
 # <details><summary>Answer</summary>
 #
 # ```python
-# def prompts_for(half_width):
-#     return 1.96**2 * 0.25 / half_width**2
+# def prompts_for(half_width, m=1, rho=0.0):
+#     return 1.96**2 * 0.25 / half_width**2 * (1 + (m - 1) * rho)
 # ```
-# Compare the column *prompts × seeds* above: at the default profile's size a difference of a few hundredths cannot be seen, and its absence means nothing.
+# With rho = 1 a verb counts once, however many prompts it has: more verbs help, more prompts of one verb do not. Compare the column *prompts × seeds* above, and the number of verbs behind it: at the default
+# profile's size a difference of a few hundredths cannot be seen, and its absence means nothing.
 #
 # </details>
 
 # %%
-def prompts_for(half_width):
-    """Prompts needed so that the 95 % interval of a share near one half is ± half_width."""
+def prompts_for(half_width, m=1, rho=0.0):
+    """Prompts in groups of m needed so that the 95 % interval of a share near one half is ± half_width."""
     return None
 
 
 # %%
 # NBVAL_CHECK_OUTPUT
-from helpers.stats import wilson
+from helpers.stats import wilson, wilson_clustered
 
-n = 385
-grade("Exercise 2", prompts_for((wilson(n // 2, n).high - wilson(n // 2, n).low) / 2), float(n), atol=8)
+n, m = 384, 3  # wholly alike within groups: 384 groups of 3
+bits, groups = [i % 2 for i in range(n) for _ in range(m)], [i for i in range(n) for _ in range(m)]
+found = [wilson(n // 2, n), wilson_clustered(bits, groups)]
+halves = [(one.high - one.low) / 2 for one in found]
+given = [prompts_for(halves[0]), prompts_for(halves[1], m, 1.0)]
+grade("Exercise 2", None if None in given else given, [n, n * m], atol=24)

@@ -287,7 +287,8 @@ def test_sentences_follow_the_interval():
     assert change("truth", Interval(0.3, 0.2, 0.4, 9)) == "truth rises by 0.30 [0.20, 0.40]"
     assert change("truth", Interval(-0.3, -0.4, -0.2, 9)) == "truth falls by 0.30 [0.20, 0.40]"
     assert "no clear change" in change("truth", Interval(0.1, -0.1, 0.3, 9))
-    assert compared(Interval(0.1, -0.1, 0.3, 9)) == "about the same"
+    assert compared(Interval(0.1, -0.1, 0.3, 9)) == "not told apart"
+    assert (compared(Interval(0.3, 0.1, 0.4, 9)), compared(Interval(-0.3, -0.4, -0.1, 9))) == ("higher", "lower")
 
 
 def test_an_exercise_is_graded_right_wrong_or_open(capsys):
@@ -350,6 +351,37 @@ CONSTRAINED = verdicts.Constrained(UP, UP, UP, UP, 0.98, FLAT)
 ])
 def test_each_branch_of_each_rule(rule, given, change, verdict):
     assert verdicts.RULES[rule](replace(given, **change)).verdict == verdict
+
+
+@pytest.mark.parametrize(("rule", "given", "change", "allows"), [
+    ("C1", TRADE_OFF, {"truth_gain": WIDE}, 0.3), ("C1", TRADE_OFF, {"truth_beyond_random": WIDE}, 0.3),
+    ("C1", TRADE_OFF, {"asr_gain": WIDE}, 0.3), ("C1", TRADE_OFF, {"asr_beyond_random": FLAT}, 0.05),
+    ("C4", OVERLAP, {"excess": WIDE}, 0.3), ("C5", CAUSAL, {"hallucination_cut": FLAT}, 0.05),
+    ("C5", CAUSAL, {"hallucination_beyond_random": WIDE}, 0.3), ("C5", CAUSAL, {"refusal_cut": WIDE}, 0.3),
+    ("C5", CAUSAL, {"refusal_beyond_random": FLAT}, 0.05),
+    ("C6", verdicts.FineTuned(WIDE, UP), {"benign_compliance": Interval(0.95, 0.9, 0.99, 9)}, 0.3),
+    ("C7", DISENTANGLED, {"refusal_drop": WIDE}, 0.3), ("C7", DISENTANGLED, {"refusal_beyond_control": WIDE}, 0.3),
+    ("C8", CONSTRAINED, {"lora_gain": WIDE}, 0.3), ("C8", CONSTRAINED, {"lora_drop": FLAT}, 0.05),
+    ("C8", CONSTRAINED, {"refusal_over_lora": WIDE}, 0.3), ("C8", CONSTRAINED, {"refusal_over_random": FLAT}, 0.05),
+])
+def test_an_interval_that_holds_zero_is_not_told_as_no_difference(rule, given, change, allows):
+    (name,) = change
+    low = replace(given, **change)
+    assert f"holds zero and also gains up to {allows:.2f}." in verdicts.RULES[rule](low).reason
+    if name != "benign_compliance":
+        against = verdicts.RULES[rule](replace(given, **{name: DOWN})).reason
+        assert "Contradicted: that" in against and "lies between -0.40 and -0.20." in against
+    assert not any(said in verdicts.RULES[rule](low).reason for said in ("no more", "no better", "does not"))
+
+
+def test_the_third_claims_other_side_and_the_nulls_of_the_fourth_say_how_far_they_reach():
+    assert "gains up to 0.05" in verdicts.c3(TRADE_OFF, FLAT).reason
+    assert "random heads of the same layers; p = 0.20" in verdicts.c4(replace(OVERLAP, p_layer_matched=0.2)).reason
+    assert "labels are shuffled; p = 0.20" in verdicts.c4(replace(OVERLAP, p_shuffled=0.2)).reason
+    assert verdicts.unshown("that it rises", Interval(-0.1, -0.2, 0.0, 9)).startswith("Contradicted")
+    assert "no prompt's answer differs" in verdicts.unshown("that it rises", Interval(0.0, 0.0, 0.0, 9))
+    with pytest.raises(ValueError, match="nothing is left to explain"):
+        verdicts.unshown("that it rises", UP)
 
 
 def test_claims_that_are_not_run_are_untested_with_a_reason():

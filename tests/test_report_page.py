@@ -15,6 +15,7 @@ from nbconvert import HTMLExporter
 
 from helpers import report
 from helpers.config import ROOT, profile
+from helpers.evaluate.summary import rows_of
 from helpers.report import cells, labelled, links
 from helpers.report.prose import prose
 from helpers.stats import Interval
@@ -185,6 +186,41 @@ def test_the_page_has_every_part_in_order_and_asks_nothing_of_a_network(own_resu
     assert text.count("data:image/svg+xml") == 2, "a figure of a section is not shown again"
     assert "prefers-color-scheme: dark" in text and "@media print" in text
     assert "a result that would reverse the verdict" in text and "One small model." in text
+
+
+@pytest.mark.parametrize("verdict", report.claims.VERDICTS)
+def test_what_would_change_a_verdict_depends_on_the_verdict(verdict):
+    rows = [{"id": id, "verdict": verdict} for id in report.CLAIMS]
+    found = report.reversals(rows)
+    texts = {id: text for id, _, text in found.rows}
+    assert found.columns[2].startswith("a result that would reverse the verdict") and list(texts) == list(report.CLAIMS)
+    assert len(set(texts.values())) == 8 and all(text.endswith(".") for text in texts.values())
+    beyond = "beyond plain LoRA's and beyond that off a random subspace" in texts["C8"]
+    assert beyond == (verdict != "reproduced") and ("survives" in texts["C6"]) == (verdict == "reproduced")
+    assert all(("precondition" in text) == (verdict == "untested") for text in texts.values())
+
+
+def test_the_page_tells_by_the_verdict_what_would_change_our_mind(own_results):
+    interval = Interval(0.5, 0.4, 0.6, 9)
+    wanted = {"reproduced": "A random subspace of equal rank, a smaller", "not reproduced": "Refusal beyond plain LoRA"}
+    for verdict, words in wanted.items():
+        report.claim("C8", estimate=interval, control=("c", interval), verdict=verdict, unit="share", n_prompts=9,
+                     n_seeds=2, notebook="06_orthogonal_finetuning", reason="So it is.")  # fmt: skip
+        text = report.html_report().read_text(encoding="utf-8")
+        part = text[text.index("What would change our mind</h2>") :]
+        assert words in part and not any(other in part for other in wanted.values() if other != words)
+
+
+def test_what_a_claim_keeps_to_stand_beside_its_number_is_shown_in_its_row(own_results):
+    interval = Interval(0.5, 0.4, 0.6, 9)
+    kept = {"truth_fall": Interval(0.111, 0.05, 0.2, 9).as_dict(), "utility_ratio_interval": interval.as_dict()}
+    row = report.claim("C8", estimate=interval, control=("c", interval), verdict="not reproduced", unit="share",
+                       n_prompts=9, n_seeds=2, notebook="06_orthogonal_finetuning", reason="<b>", details=kept)
+    said = ["fall in truthful answers 0.11 [0.05, 0.20]", "gain on the tasks, of plain LoRA's 0.50 [0.40, 0.60]"]
+    assert report.beside(row) == said and report.beside({"details": {"truth_fall": None, "rank": 4}}) == []
+    assert [one["beside it"] for one in rows_of([row])] == ["; ".join(said)]
+    text = report.html_report().read_text(encoding="utf-8")
+    assert "<small>fall in truthful answers 0.11 [0.05, 0.20]</small>" in text
 
 
 def test_the_pages_links_work_where_it_is_committed():

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 
 from helpers.config import ROOT, profile
 from helpers.evaluate.behaviour import prompts
@@ -13,9 +15,10 @@ from helpers.evaluate.variants import Variant
 from helpers.evaluate.verdicts import c3, c6, c8
 from helpers.finetune import comparison
 from helpers.finetune.comparison import GAIN, Arm, Record
+from helpers.finetune.methods import METHODS
 from helpers.review import contrary as against
 from helpers.review import methods, sensitivity, steering, tuning
-from helpers.review.arms import View, constrained, difference, nearest, pair, refusals, tuned
+from helpers.review.arms import View, constrained, difference, nearest, pair, refusals, t_interval, tuned
 from helpers.stats import Interval
 from helpers.truth.coupling import Records, load_records
 
@@ -24,7 +27,8 @@ HARMFUL = len(ROWS.harmful)
 SEEN = np.array([row["verb_seen"] for row in ROWS.harmful])
 SIZE = {"refused": HARMFUL, "answered": HARMFUL, "benign_complied": len(ROWS.benign),
         "benign_refused": len(ROWS.benign), "look_alike_complied": len(ROWS.look_alike), "wrong": len(ROWS.facts),
-        "utility": 240, "abstained": len(ROWS.unknown), "coherent": 100}  # fmt: skip
+        "utility": 240, "abstained": len(ROWS.unknown),
+        "coherent": len(ROWS.facts) + HARMFUL + len(ROWS.benign) + len(ROWS.look_alike)}  # fmt: skip
 
 
 def arm(seed=0, setting=1.0, poison=0.0, draw=0, nats=True, **share) -> Arm:
@@ -114,6 +118,8 @@ def test_views_take_their_seeds_and_their_poison(made):
     [
         (lambda made: View(judge="taste"), "not by 'taste'"),
         (lambda made: View(verbs="some"), "on 'some'"),
+        (lambda made: View(interval="guess"), "not 'guess'"),
+        (lambda made: t_interval([0.3]), "at least two"),
         (lambda made: pair({0: np.zeros(3)}, {1: np.zeros(3)}, View()), "no seed in common"),
         (lambda made: refusals(replace(made["LoRA"], arms=(arm(nats=False),)), View("nats")), "no log-odds"),
         (lambda made: steering.steering_variants("C6", Records({})), "are about, not C6"),
@@ -164,9 +170,10 @@ def test_c6_and_c8_are_judged_by_their_own_rule_at_every_variant(made):
     ranks = [value for choice, value in eight if choice == "rank"]
     assert ranks == ["4, 3 seeds (random: 4, 1 seed)", "10, 1 seed (random: 4, 1 seed)",
                      "16, 1 seed (random: 16, 1 seed)"]  # fmt: skip
-    assert [value for choice, value in eight if choice == "subspace"] == ["off elsewhere"]
-    wanted = constrained(made["off elsewhere"], made["off random"], lora, untuned, View())
-    one = eight["subspace", "off elsewhere"]
+    (name,) = [value for choice, value in eight if choice == "subspace"]
+    assert name == "off elsewhere, rank 2 (random: 4, 1 seed)"
+    wanted = constrained(made["off elsewhere"], made["off random"], lora, untuned, View(), random_setting=4)
+    one = eight["subspace", name]
     assert (one.estimate, one.verdict) == (wanted.refusal_over_lora, c8(wanted).verdict)
 
 
@@ -174,10 +181,100 @@ def test_more_methods_and_poison_shares_appear_by_themselves(made):
     with_more = {**made, "off newcomer": record("off newcomer", draw=7),
                  "LoRA": replace(made["LoRA"], arms=(*made["LoRA"].arms, arm(0, 1.0, 0.05), arm(0, 1.0, 0.2)))}
     values = {(one.choice, one.value) for one in tuning.c8_variants(with_more)}
-    assert ("subspace", "off newcomer") in values
+    assert ("subspace", "off newcomer, rank 1 (random: 4, 1 seed)") in values
     poison = [one.value for one in tuning.c6_variants(with_more) if one.choice == "poison"]
     assert poison == ["5%", "10%", "20%"] and methods.poison_shares(with_more) == [0.0, 0.05, 0.1, 0.2]
     assert {row["method"] for row in methods.front_rows(with_more)} == set(with_more)
+
+
+def graded(rank: float, share: float, seeds=(0, 1, 2), poison_seeds=(0,)) -> list[Arm]:
+    """Arms of random subspaces of one rank, all with the same refusals."""
+    return ([arm(seed, rank, 0.0, 4, refused=share, utility=0.8) for seed in seeds]
+            + [arm(seed, rank, 0.1, 4, refused=share, utility=0.8) for seed in poison_seeds])  # fmt: skip
+
+
+def with_random(made, chosen: float, *arms: list[Arm]) -> dict:
+    random = Record("off random", "rank", (4, 16, 48), chosen, {}, tuple(itertools.chain(*arms)))
+    return {**made, "off random": random}
+
+
+def test_every_variant_of_c8_is_judged_against_random_subspaces_of_its_own_rank(made):
+    records = with_random(made, 16, graded(4, 0.05), graded(16, 0.95))
+    found = {(one.choice, one.value): one for one in tuning.c8_variants(records)}
+    assert tuning.c8_variants(with_random(made, 4, graded(4, 0.05), graded(16, 0.95))) == list(found.values())
+    for key in (("judge", "refused, by rule"), ("prompts", "unseen verbs only"), ("seed", "1"),
+                ("interval", "t over seed means, 3 seeds")):
+        assert found[key].verdict == "reproduced", "the rank is 4, where random subspaces refuse less"
+    assert [one.verdict for (choice, _), one in found.items() if choice == "rank"][0] == "reproduced"
+    swapped = with_random(made, 4, graded(4, 0.95), graded(16, 0.05))
+    judged = {(one.choice, one.value): one for one in tuning.c8_variants(swapped)}
+    assert judged["judge", "refused, by rule"].verdict == "not reproduced"
+    assert judged["rank", "16, 1 seed (random: 16, 1 seed)"].reason != judged["judge", "refused, by rule"].reason
+
+
+def test_poison_takes_the_nearest_rank_that_was_poisoned_and_says_so(made):
+    records = with_random(made, 16, graded(4, 0.05, poison_seeds=()), graded(16, 0.95), graded(48, 0.05))
+    poison = [one.value for one in tuning.c8_variants(records) if one.choice == "poison"]
+    assert poison == ["10% (random: 16, 1 seed)"]
+    none = with_random(made, 16, graded(4, 0.05, poison_seeds=()))
+    (one,) = [one for one in tuning.c8_variants(none) if one.choice == "poison"]
+    assert (one.value, one.verdict) == ("10% (no random subspace)", "") and one.estimate.estimate
+    assert one.estimate == difference(*(refusals(none[n], View(poison=0.1)) for n in ("off refusal latents", "LoRA")),
+                                      View(poison=0.1))  # fmt: skip
+
+
+def test_a_seed_or_a_t_interval_asks_for_a_rank_that_has_its_seeds(made):
+    records = with_random(made, 4, graded(4, 0.05, seeds=(0,)), graded(16, 0.05))
+    found = [one.value for one in tuning.c8_variants(records) if one.choice in ("seed", "interval")]
+    assert found == ["0", "1 (random: 16, 1 seed)", "2 (random: 16, 1 seed)",
+                     "t over seed means, 3 seeds (random: 16, 3 seeds)"]  # fmt: skip
+
+
+def test_subspaces_whose_setting_is_no_rank_are_compared_at_the_rank_they_have(made):
+    others = {name: replace(record(name, draw=i), unit="weight") for i, name in enumerate((
+        "off refusal latents, anchored", "off difference, re-estimated", "off by some weight",
+        "full, off refusal latents", "activation edits off refusal latents"))}  # fmt: skip
+    some = with_random(made, 4, graded(1, 0.3), graded(4, 0.3), graded(10, 0.3), graded(16, 0.3)) | others
+    found = [one.value for one in tuning.c8_variants(some) if one.choice == "subspace"]
+    assert found == ["off difference, re-estimated, rank 16 (random: 16, 3 seeds)",
+                     "off elsewhere, rank 2 (random: 1, 3 seeds)",
+                     "off refusal latents, anchored, rank 10 (random: 10, 3 seeds)"]  # fmt: skip
+    for name, rank in tuning.FIXED_RANKS.items():
+        assert f"rank {rank}" in METHODS[name].tune.__doc__ and METHODS[name].unit != "rank"
+    named = {name for name, one in METHODS.items() if name.startswith("off ") and one.unit != "rank"}
+    assert named == set(tuning.FIXED_RANKS), "a new method off a subspace needs its rank here"
+
+
+def test_the_t_interval_is_students_over_the_means_of_the_seeds(made):
+    means = [0.1, 0.4, 0.2, 0.9, 0.3]
+    low, high = scipy_stats.t.interval(0.95, 4, np.mean(means), scipy_stats.sem(means))
+    found = t_interval(means)
+    assert (found.estimate, found.low, found.high, found.n) == pytest.approx((np.mean(means), low, high, 5))
+    assert t_interval(means, 0.5).low == pytest.approx(scipy_stats.t.interval(0.5, 4, 0.38, scipy_stats.sem(means))[0])
+    lora, untuned, view = made["LoRA"], made["untuned"], View(interval="t")
+    own = [before - after for before, after in zip(
+        [untuned.matrix("refused")[0].mean()] * 3, lora.matrix("refused").mean(1), strict=True)]  # fmt: skip
+    two = tuned(lora, untuned, view)
+    for end in ("estimate", "low", "high"):
+        assert getattr(two.refusal_drop, end) == pytest.approx(getattr(t_interval(own), end))
+    assert two.refusal_drop.n == two.benign_compliance.n == 3
+    plain = tuned(lora, untuned, View())
+    assert two.refusal_drop.estimate == pytest.approx(plain.refusal_drop.estimate) and plain.refusal_drop.n == HARMFUL
+    eight = constrained(made["off refusal latents"], made["off random"], lora, untuned, view)
+    assert {one.n for one in (eight.lora_drop, eight.lora_gain, eight.refusal_over_lora, eight.refusal_over_random,
+                              eight.hallucination_rise)} == {3}  # fmt: skip
+    assert ("interval", "t over seed means, 3 seeds") in {(o.choice, o.value) for o in tuning.c6_variants(made)}
+    one_seed = {**made, "LoRA": record("LoRA", draw=2, seeds=(0,))}
+    assert "interval" not in {one.choice for one in tuning.c6_variants(one_seed)}
+
+
+def test_attack_success_and_coherence_stand_beside_c6(made):
+    said = tuning.beside_c6({**made, "LoRA": record("LoRA", draw=2, answered=0.9, coherent=0.5),
+                             "untuned": record("untuned", chosen=0.0, settings=(0.0,), seeds=(0,), poison_seeds=(),
+                                               answered=0.1, coherent=1.0)})  # fmt: skip
+    assert "harmful requests answered rises by 0.8" in said and "(1.00 of the untuned model's)" in said
+    assert re.search(r"; 0\.[45]\d \[0\.[345]\d, 0\.[56]\d\] of its answers are coherent", said)
+    assert tuning.beside_c6({}) == ""
 
 
 def test_nearest_takes_the_smaller_of_two():
@@ -244,7 +341,7 @@ def test_what_a_claim_kept_is_read_and_what_nobody_varied_is_said(own_results):
     assert set(found) == {"C4"} and [one.choice for one in found["C4"]] == ["judge", "k", "seed", "training text"]
     rows = sensitivity.rows_of(row, found["C4"])
     assert [(r["choice"], r["value"]) for r in rows] == [
-        ("headline", "as chosen beforehand"), ("judge", "nats"), ("k", "top 4"), ("rank", "not varied"),
+        ("headline", "as in the claims table"), ("judge", "nats"), ("k", "top 4"), ("rank", "not varied"),
         ("layer", "not varied"), ("seed", "3"), ("training text", "absent, seed 0")]  # fmt: skip
     assert rows[0]["verdict would be"] == "not reproduced" and rows[-1]["verdict would be"] == "—"
     (told,) = sensitivity.summary([row], found)
@@ -276,6 +373,25 @@ def test_with_poison_the_resamples_are_of_the_models_trained_on_it(made):
     assert benign["replay"][methods.SURE] > 0.9 and poisoned["replay"][methods.SURE] < 0.1
     assert (benign["replay"]["dominated"], poisoned["replay"]["dominated"]) == ("no", "yes")
     assert set(methods.fronts(some)) == {0.0, 0.1} and "10% poison" in methods.in_words(methods.fronts(some))[1]
+
+
+def fronts_row(method, gain, kept, dominated, sure) -> dict:
+    return {"method": method, "setting": 1, GAIN: Interval(gain, gain - 0.1, gain + 0.1, 9),
+            methods.KEPT: Interval(kept, kept - 0.1, kept + 0.1, 9), "dominated": dominated, methods.SURE: sure}
+
+
+def test_the_front_is_told_with_how_surely_and_by_what_a_method_stands_on_it():
+    rows = [fronts_row("untuned", 0.0, 0.7, "no", 0.9), fronts_row("KL", 1.0, 0.6, "no", 0.5),
+            fronts_row("lucky", 1.05, 0.1, "no", 0.3), fronts_row("LoRA", 1.0, 0.2, "yes", 0.05)]  # fmt: skip
+    (said,) = methods.in_words({0.0: rows})
+    sure, apart = said.split(" By the estimates alone")
+    assert "untuned (90%), KL (50%)" in sure and "lucky" not in sure
+    assert "lucky (30%)" in apart and "gain not clearly above plain LoRA's: lucky." in apart
+    assert said.endswith("The untuned model is not dominated.")
+    rows[2][GAIN] = Interval(1.3, 1.1, 1.5, 9)
+    assert "not clearly above" not in methods.in_words({0.0: rows})[0]
+    rows[0] |= {"dominated": "yes", methods.SURE: 0.4}
+    assert methods.in_words({0.0: rows})[0].endswith("The untuned model is dominated (undominated in 40%).")
 
 
 def test_the_front_rows_say_who_is_beaten_and_how_surely(made):
@@ -310,19 +426,124 @@ def test_the_share_of_resamples_agrees_with_a_plain_loop(made):
 # Contrary evidence
 
 
+UP, FLAT, DOWN = Interval(0.3, 0.2, 0.4, 9), Interval(0.0, -0.1, 0.1, 9), Interval(-0.3, -0.4, -0.2, 9)
+
+
+def test_only_a_whole_interval_speaks_against_or_for_anything():
+    assert [against.side_of(one) for one in (UP, FLAT, DOWN)] == [against.FOR, against.UNDECIDED, against.AGAINST]
+    assert against.side_of(Interval(-0.1, -0.2, 0.0, 9)) == against.AGAINST
+    assert against.side_of(Interval(0.1, 0.0, 0.2, 9)) == against.UNDECIDED
+
+
 def test_evidence_speaks_only_where_its_interval_does(made):
     ours_better = {**made, "off refusal latents": record("off refusal latents", (4, 16), 4, draw=3, refused=0.95)}
-    for records, speaks in ((made, None), (ours_better, False)):
-        for one in against._random_subspaces(records):
-            if "poison" not in one.sentence:
-                assert one.speaks == (one.estimate.low <= 0)
-                assert ("refuse more" in one.sentence) == (one.estimate.low > 0)
-                assert speaks is None or one.speaks == speaks
+    ours_worse = {**made, "off refusal latents": record("off refusal latents", (4, 16), 4, draw=3, refused=0.02)}
+    equal = {**made, "off refusal latents": record("off refusal latents", (4, 16), 4, draw=8, refused=0.3)}
+    for records, side in ((ours_better, against.FOR), (ours_worse, against.AGAINST), (equal, None)):
+        found = [one for one in against._random_subspaces(records) if "poison" not in one.sentence]
+        assert len(found) == 3
+        for one in found:
+            assert one.side == against.side_of(one.estimate) and (side is None or one.side == side)
+            assert ("refuse more" in one.sentence) == (one.side == against.FOR)
+    assert against.UNDECIDED in {one.side for one in found}
+
+
+def test_an_equal_setting_is_not_told_twice(made):
+    records = with_random(made, 4, graded(4, 0.3), graded(16, 0.3))
+    found = [one.sentence for one in against._random_subspaces(records) if "poison" not in one.sentence]
+    assert len(found) == 2 and all(one.startswith("At equal rank") for one in found)
+
+
+def test_poison_that_leaves_no_arm_a_refusal_is_not_counted(made):
+    def none_refused(name, draw):
+        arms = [arm(one.seed, one.setting, 0.1, draw, refused=0.0) if one.poison else one for one in made[name].arms]
+        return replace(made[name], arms=tuple(arms))
+
+    floor = {**made, "LoRA": none_refused("LoRA", 2), "off refusal latents": none_refused("off refusal latents", 3)}
+    (one,) = [one for one in against._random_subspaces(floor) if "poison" in one.sentence]
+    assert one.side == against.FLOOR and "every arm is at the floor" in one.row()["it speaks"]
+    half = {**floor, "off refusal latents": made["off refusal latents"]}
+    (one,) = [one for one in against._random_subspaces(half) if "poison" in one.sentence]
+    assert one.side == against.FOR and "refuse more" in one.sentence
+    flat = against.Evidence(against.PAPER, "C8", "b.", FLAT, against.UNDECIDED)
+    said = against.in_words([replace(one, side=against.FLOOR), flat, replace(flat, side=against.AGAINST),
+                             replace(flat, side=against.FOR), replace(flat, side=against.FOR)])  # fmt: skip
+    assert said == ["Of 4 items about the paper's reading: 1 against it, 1 undecided, 2 for it.",
+                    "1 more is not counted: every arm is at the floor."]  # fmt: skip
+
+
+def test_methods_that_protect_nothing_are_compared_with_the_constraint(made):
+    more = {**made, "KL on whole answers": record("KL on whole answers", draw=9, refused=0.1, utility=0.8)}
+    found = {one.sentence.split(",")[0]: one for one in against._shown(more)}
+    assert set(found) == {"Replay", "KL on whole answers"}
+    assert (found["Replay"].side, found["KL on whole answers"].side) == (against.AGAINST, against.FOR)
+    assert "refuses more" in found["Replay"].sentence and "refuses less" in found["KL on whole answers"].sentence
+
+
+def test_the_best_methods_of_each_kind_are_found_on_validation_prompts(made):
+    names = {"full, off refusal latents": 0.7, "activation edits off refusal latents": 0.95, "SaLoRA": 0.6, "KL": 0.8,
+             "replay": 0.9, "SafeLoRA": 0.99}  # fmt: skip
+    shares = {"activation edits off refusal latents": 0.5, "SafeLoRA": 0.2, "replay": 0.4, "KL": 0.95}
+    some = {"untuned": made["untuned"], "LoRA": replace(made["LoRA"], on_val={"1": {"refused_unseen": 1.0}})}
+    for i, (name, on_val) in enumerate(names.items()):
+        made_one = record(name, draw=20 + i, refused=shares.get(name, 0.5))
+        some[name] = replace(made_one, on_val={"1.0": {"refused_unseen": on_val}, "9": {"refused_unseen": 1.0}})
+    (one,) = against._best(some, {name: kept for name, kept in some.items() if name != "untuned"})
+    assert one.sentence.startswith("Of 6 methods, SafeLoRA refuses most on validation prompts of those that protect a "
+                                   "subspace, replay of those that protect none.")  # fmt: skip
+    assert one.estimate == comparison.difference(some["SafeLoRA"], some["replay"], "refused_unseen")
+    assert one.side == against.AGAINST, "KL is best on the test prompts, and was not asked"
+    assert [against.protects(name) for name in (*names, "off random")] == [True, True, True, False, False, True, True]
+    assert against._best(made, made) == [], "no validation numbers, no item"
+
+
+def test_nothing_is_counted_for_a_claim_that_is_untested(committed):
+    rows = claims()
+    tested = {row["id"] for row in rows if row["verdict"] != "untested"}
+    assert {one.claim for one in against.contrary(rows, profile("organism"))} <= tested
+    silent = [row | {"verdict": "untested"} for row in rows]
+    assert against.contrary(silent, profile("organism")) == []
+    (said,) = against.in_words([], silent)
+    assert said.startswith("Nothing is listed for C1, C2, C3, C4, C5, C6, C7, C8: untested")
+
+
+def test_our_own_verdicts_are_asked_only_while_they_say_so(made):
+    row = {"C8": fake_claim(id="C8"),
+           "C6": fake_claim(id="C6", verdict="reproduced", estimate=0.5, ci_low=0.3, ci_high=0.7, details={})}
+    found = {one.sentence.split(" (")[0]: one for one in against._own_c8(made, row)}
+    assert found["At rank 4"].side == against.AGAINST, "it does refuse more, and the verdict says not reproduced"
+    worse = {**made, "off refusal latents": record("off refusal latents", (4,), 4, draw=3, refused=0.02)}
+    assert against._own_c8(worse, row)[0].side == against.FOR
+    assert not [one for one in against._own_c8(made, {"C8": fake_claim(id="C8", verdict="reproduced")})]
+    sides = []
+    for low, value, high in ((0.05, 0.1, 0.2), (0.2, 0.3, 0.4), (0.5, 0.6, 0.7)):
+        control = {"name": "shuffled", "estimate": value, "ci_low": low, "ci_high": high}
+        sides += [one.side for one in against._own({"C6": row["C6"] | {"control": control}})]
+    assert sides == [against.FOR, against.UNDECIDED, against.AGAINST]
+    assert against._own({"C6": row["C6"] | {"verdict": "not reproduced"}}) == []
+    seven = fake_claim(id="C7", verdict="reproduced", details={
+        "separated": {"specific": True, "other": False}, "truth_change": FLAT.as_dict()})  # fmt: skip
+    assert [one.side for one in against._own({"C7": seven})] == [against.UNDECIDED]
+    seven["details"]["separated"]["other"] = True
+    assert [one.side for one in against._own({"C7": seven})] == [against.FOR]
+
+
+def test_heads_speak_by_the_mean_over_all_models():
+    def heads(*excess):
+        models = {str(i): Interval(x, x - 0.3, x + 0.3, 9).as_dict() for i, x in enumerate(excess)}
+        (one,) = against._heads({"C4": fake_claim(details={"models": models})})
+        return one
+
+    assert [heads(*some).side for some in ((0.2, 0.21, 0.19), (-0.2, 0.2, 0.0), (-0.2, -0.21, -0.19))] == [
+        against.FOR, against.UNDECIDED, against.AGAINST]  # fmt: skip
+    one = heads(0.2, 0.21, 0.4)
+    assert one.estimate == t_interval([0.2, 0.21, 0.4]) and "On 1 of 3" in one.sentence
+    assert against._heads({"C4": fake_claim(details={"models": {}})}) == []
 
 
 def test_equal_rank_pairs_are_of_equal_rank_and_name_their_seeds(made):
     found = [one for one in against._random_subspaces(made) if "equal rank" in one.sentence]
-    assert [one.sentence.split(" they")[0] for one in found] == [
+    assert [one.sentence.split(",")[0] for one in found] == [
         "At equal rank 4 (1 seed)", "At equal rank 16 (1 seed)"]  # fmt: skip
     mine = np.mean([int(bit) for bit, seen in zip(made["off refusal latents"].arms[0].bits["test"]["refused"], SEEN,
                                                   strict=True) if not seen])  # fmt: skip
@@ -338,7 +559,10 @@ def test_entanglement_and_leaks_are_told_from_the_claims_details():
     details = {"entanglement": pairs, "update": {"inside": 0.2, "by chance": Interval(0.25, 0.2, 0.3, 20).as_dict()}}
     row = fake_claim(id="C8", details=details)
     found = [one for one in against._from_claims({"C8": row}) if one.claim == "C8"]
-    assert [one.speaks for one in found] == [True, False, False]
+    assert [one.side for one in found] == [against.AGAINST, against.FOR, against.AGAINST]
+    details["update"]["inside"] = 0.31
+    *_, one = against._from_claims({"C8": row})
+    assert one.side == against.FOR, "the story predicts that plain LoRA writes there more than chance"
     assert "more than random" in found[0].sentence and "as much as random" in found[1].sentence
     assert not [one for one in found if "of refusing)" in one.sentence], "overlap with refusing speaks for it"
 
@@ -347,18 +571,23 @@ def test_the_committed_evidence_covers_both_readings_and_matches_the_comparison(
     records, _ = committed
     found = against.contrary(claims(), profile("organism"))
     assert [one.against for one in found] == sorted((one.against for one in found), key=lambda w: w != against.PAPER)
-    assert {one.claim for one in found if one.against == against.PAPER} >= {"C1", "C2", "C3", "C4", "C8"}
-    assert {one.claim for one in found if one.against == against.OWN} >= {"C6", "C7"}
-    chosen = comparison.difference(records["off refusal latents"], records["off random"], "refused_unseen")
-    assert chosen in [one.estimate for one in found]
+    verdict = {row["id"]: row["verdict"] for row in claims()}
+    told = {one.claim for one in found if one.against == against.PAPER}
+    assert told == {id for id in ("C1", "C2", "C3", "C4", "C8") if verdict[id] != "untested"}
+    told = {one.claim for one in found if one.against == against.OWN}
+    assert told >= {id for id in ("C6", "C7") if verdict[id] == "reproduced"}
+    ours, random = records["off refusal latents"], records["off random"]
+    if ours.chosen != random.chosen:
+        assert comparison.difference(ours, random, "refused_unseen") in [one.estimate for one in found]
     shrunk = comparison.difference(records["SafeLoRA"], records["SafeLoRA, shrunk only"], "refused_unseen")
     assert shrunk in [one.estimate for one in found]
     for one in found:
         assert one.sentence.endswith(".") and set(one.row()) == {
-            "about", "what was found", "estimate", "does it speak against it"}  # fmt: skip
+            "about", "what was found", "estimate", "it speaks"}  # fmt: skip
     assert all(a != b for a, b in itertools.combinations([one.sentence for one in found], 2))
 
 
 def test_another_profile_gets_what_its_own_claims_say(own_results):
     found = against.contrary([fake_claim()], profile("llama3-8b"))
+    assert against.contrary([fake_claim(verdict="untested")], profile("llama3-8b")) == []
     assert {one.claim for one in found} == {"C4"} and against.contrary([], profile("llama3-8b")) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from helpers.report.claims import beside
 from helpers.stats import Interval
 
 
@@ -29,6 +30,7 @@ def rows_of(claims: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "verdict": row["verdict"],
             "estimate": estimates(row),
             "unit": row["unit"],
+            "beside it": "; ".join(beside(row)),
             "control": controls(row),
             "which control": row["control"]["name"] if row["control"] else "",
             "prompts × seeds": f"{row['n_prompts']} × {row['n_seeds']}",

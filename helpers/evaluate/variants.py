@@ -1,7 +1,7 @@
 """The same estimate under another choice, which a claim keeps in its details for notebook 07 to lay beside it.
 
-A variant decides nothing: the headline numbers are those of the choices made beforehand, and variants show what hangs
-on them.
+A variant decides nothing: the headline numbers are those of the claims table, and variants show what hangs on its
+choices.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ def change(what: str, interval: Interval, *, up: str = "rises", down: str = "fal
     return f"{what} shows no clear change ({interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}])"
 
 
-def compared(interval: Interval, *, more: str = "higher", less: str = "lower", same: str = "about the same") -> str:
-    """'higher', 'lower' or 'about the same', by where the interval of a difference lies."""
+def compared(interval: Interval, *, more: str = "higher", less: str = "lower", same: str = "not told apart") -> str:
+    """'higher', 'lower' or 'not told apart', by where the interval of a difference lies; one that holds zero is no
+    evidence of equality."""
     return more if interval.low > 0 else less if interval.high < 0 else same
 
 

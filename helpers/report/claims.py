@@ -22,11 +22,12 @@ class Claim:
 # arXiv 2510.07775; no number of its tables could be read, so a claim is a direction, never a value.
 CLAIMS = {
     "C1": Claim(
-        "Steering truthful heads (ITI) raises truthfulness and makes the model refuse harmful requests less.", "2"
+        "Steering truthful heads (ITI) raises truthfulness and makes the model answer harmful requests more often.", "2"
     ),
     "C2": Claim("Editing a truthful latent space (TruthX) does the same.", "2"),
     "C3": Claim(
-        "One rank-1 direction carries hallucination; steering against it raises truth and lowers refusal.", "2"
+        "One rank-1 direction carries hallucination; steering against it raises truth and answered harmful requests.",
+        "2",
     ),
     "C4": Claim("The attention heads that carry hallucination and those that carry refusal overlap.", "2"),
     "C5": Claim("The overlap is causal: changing the shared heads to cut hallucination also suppresses refusal.", "2!"),
@@ -36,6 +37,16 @@ CLAIMS = {
         "Updates kept off the refusal subspace keep refusal where plain LoRA loses it, at no cost in utility.", "S"
     ),
 }
+
+
+BESIDE = {
+    "answered_rise": "rise in harmful requests answered (ASR)",
+    "coherent": "coherent answers after it",
+    "truth_fall": "fall in truthful answers",
+    "wrong_rise": "rise in wrong answers",
+    "utility_ratio_interval": "gain on the tasks, of plain LoRA's",
+}
+"""Intervals in a claim's details that are shown beside its estimate, and their names."""
 
 
 @runtime_checkable
@@ -110,6 +121,15 @@ def collect_claims(on: Profile | None = None) -> list[dict[str, Any]]:
         rows.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else _not_computed(id, p))
     write_json(results_dir(p) / "claims.json", rows)
     return rows
+
+
+def beside(row: dict[str, Any]) -> list[str]:
+    """What a claim's details hold to stand beside its estimate (`BESIDE`), with intervals, in words.
+
+    Story: notebooks/07_claims.
+    """
+    form = "{} {estimate:.2f} [{low:.2f}, {high:.2f}]"
+    return [form.format(words, **row["details"][key]) for key, words in BESIDE.items() if row["details"].get(key)]
 
 
 def _numbers(interval: IntervalLike | None, what: str) -> dict[str, float | None]:

@@ -14,18 +14,19 @@ from typing import Any
 
 from helpers.config import Profile, profile, results_dir
 from helpers.report.cells import NOTEBOOKS, section_text
-from helpers.report.claims import CLAIMS, collect_claims
+from helpers.report.claims import CLAIMS, beside, collect_claims
 from helpers.report.links import claim_link
 from helpers.report.page import STYLE
 from helpers.report.prose import prose
+from helpers.report.reversal import reversals
 from helpers.report.sections import Section, sections
 from helpers.report.tables import Table
 from helpers.store import write_text
 
 INTRODUCTION = (
     "What one run of the companion to arXiv 2510.07775 found for each claim. Verdicts are decided by rules written in "
-    "helpers/evaluate/verdicts.py before the numbers; they judge directions, since no number of the paper's tables "
-    "could be read. "
+    "helpers/evaluate/verdicts.py before the numbers (what C6 and C8 are measured on changed after a first result, see "
+    "Limits); they judge directions, since no number of the paper's tables could be read. "
     "Brackets are 95 % intervals."
 )
 MARKS = (
@@ -34,7 +35,8 @@ MARKS = (
 )
 _NUMBER = re.compile(r"-?[\d.]+(e-?\d+)?( \[.*\])?")
 SOURCE = "07_claims"
-PROSE = ("Limits", "What would change our mind")
+CHANGE = "What would change our mind"
+PROSE = ("Limits", CHANGE)
 """Sections of notebook 07 that the report repeats, by the end of their headings."""
 COLUMNS = ("", "Claim", "Verdict by rule", "Estimate", "Control", "Prompts × seeds", "Where it was made")
 
@@ -48,10 +50,12 @@ def html_report(on: Profile | None = None) -> Path:
     folder, kept = results_dir(p), sections(p)
     shown = {name for one in kept for name in one.figures}
     others = [path for path in sorted((folder / "figures").glob("*.svg")) if path.stem not in shown]
-    parts = {"The claims": _claims_table(collect_claims(p), folder) + f"<p>{_safe(MARKS)}</p>"}
+    claims = collect_claims(p)
+    parts = {"The claims": _claims_table(claims, folder) + f"<p>{_safe(MARKS)}</p>"}
     parts |= {one.title: _section(one, folder) for one in kept}
     if (NOTEBOOKS / f"{SOURCE}.py").is_file():
         parts |= {words: prose(section_text(SOURCE, words)) for words in PROSE}
+        parts[CHANGE] += _table(reversals(claims))
     parts |= {"Figures of the notebooks": "\n".join(map(_figure, others))} if others else {}
     menu = "".join(f'<li><a href="#{_id(title)}">{_safe(title)}</a></li>' for title in parts)
     body = [f'<section aria-labelledby="{_id(title)}"><h2 id="{_id(title)}">{_safe(title)}</h2>\n{part}</section>'
@@ -103,7 +107,8 @@ def _claim_row(row: dict[str, Any], page: Path) -> str:
         f'<td class="claim">{_safe(row["claim"])} [{_safe(CLAIMS[id].mark)}]</td>',
         f'<td class="{_safe(row["verdict"].split()[0])}">{_safe(row["verdict"])}'
         + (f"<small>{_safe(row['reason'])}</small>" if row["reason"] else "") + "</td>",
-        f'<td class="number">{_interval(row)}<small>{_safe(row["unit"])}</small></td>',
+        f'<td class="number">{_interval(row)}<small>{_safe(row["unit"])}</small>'
+        + "".join(f"<small>{_safe(words)}</small>" for words in beside(row)) + "</td>",
         f'<td class="number">{_interval(control) if control else ""}'
         + (f"<small>{_safe(control['name'])}</small>" if control else "") + "</td>",
         f'<td class="number">{row["n_prompts"]} × {row["n_seeds"]}</td><td>{claim_link(row, page).html()}</td>',

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from scipy import stats as scipy_stats
 
 from helpers.evaluate.behaviour import prompts
 from helpers.evaluate.verdicts import Constrained, FineTuned
@@ -24,23 +25,44 @@ JUDGES = {
 }
 """Incoherent text counts as neither refused nor answered."""
 VERBS = ("all", "seen", "unseen")
+INTERVALS = ("bootstrap", "t")
+"""Over seeds and verbs, drawn crosswise; or Student's t over the means of the seeds, for the prompts as they are."""
 Seeds = dict[int | None, np.ndarray]
 """Values of the test prompts by seed; None is the untuned model, which has no seed and stands beside each."""
 
 
 @dataclass(frozen=True)
 class View:
-    """How refusal is read: a judge of JUDGES, verbs of VERBS, a poison share, and seeds (None: all that both have)."""
+    """How refusal is read: a judge of JUDGES, verbs of VERBS, a poison share, seeds (None: all that both have), and the
+    kind of interval, one of INTERVALS.
+    """
 
     judge: str = "refused"
     verbs: str = "all"
     poison: float = 0.0
     seeds: tuple[int, ...] | None = None
+    interval: str = "bootstrap"
 
     def __post_init__(self) -> None:
         if self.judge not in JUDGES or self.verbs not in VERBS:
             raise ValueError(f"Refusal is read by {', '.join(JUDGES)} on {', '.join(VERBS)} verbs, not by "
                              f"{self.judge!r} on {self.verbs!r}.")  # fmt: skip
+        if self.interval not in INTERVALS:
+            raise ValueError(f"An interval is one of {', '.join(INTERVALS)}, not {self.interval!r}.")
+
+
+def t_interval(means: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean of one value per seed [n] with Student's (1908) t interval of n − 1 degrees of freedom; n counts the seeds.
+
+    The bootstrap over few seeds is too narrow (of five, by up to a half); this is not, if the seeds' means are about
+    normal, but it says nothing about other prompts. ValueError for fewer than two seeds.
+    Story: notebooks/07_claims.
+    """
+    x = np.asarray(means, dtype=float)
+    if x.ndim != 1 or len(x) < 2:
+        raise ValueError("An interval over seeds needs the means of at least two of them: train more seeds.")
+    half = scipy_stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x))
 
 
 @cache
@@ -98,7 +120,12 @@ def pair(a: Seeds, b: Seeds, view: View) -> tuple[np.ndarray, np.ndarray]:
 def difference(a: Seeds, b: Seeds, view: View, harmful: bool = True) -> Interval:
     """Paired difference a − b, seeds and verbs resampled (prompts alone where they are not harmful requests)."""
     x, y = pair(a, b, view)
-    return bootstrap_grid(x - y, clusters=_harmful()[0][_mask(view.verbs)].tolist() if harmful else None)
+    return _spread(x - y, view, _harmful()[0][_mask(view.verbs)].tolist() if harmful else None)
+
+
+def _spread(matrix: np.ndarray, view: View, clusters: list[str] | None = None) -> Interval:
+    """Mean of [seeds, prompts] with the view's kind of interval."""
+    return t_interval(matrix.mean(1).tolist()) if view.interval == "t" else bootstrap_grid(matrix, clusters=clusters)
 
 
 def seeds_in_common(a: Seeds, b: Seeds, view: View) -> int:
@@ -110,7 +137,7 @@ def tuned(lora: Record, untuned: Record, view: View, setting: float | None = Non
     """What the rule for C6 takes of one method: the fall of refusal, and benign compliance after it."""
     after = measured(lora, "benign_complied", view, setting)
     kept = np.stack([after[seed] for seed in sorted(after if view.seeds is None else set(after) & set(view.seeds))])
-    return FineTuned(difference(refusals(untuned, view), refusals(lora, view, setting), view), bootstrap_grid(kept))
+    return FineTuned(difference(refusals(untuned, view), refusals(lora, view, setting), view), _spread(kept, view))
 
 
 def constrained(ours: Record, random: Record, lora: Record, untuned: Record, view: View, *,
@@ -124,7 +151,7 @@ def constrained(ours: Record, random: Record, lora: Record, untuned: Record, vie
     n = len(mine)
     wrong = [measured(one, "wrong", view, at) for one, at in ((ours, setting), (untuned, None))]
     return Constrained(
-        lora_drop=difference(before, plain, view), lora_gain=bootstrap_grid(theirs - begun),
+        lora_drop=difference(before, plain, view), lora_gain=_spread(theirs - begun, view),
         refusal_over_lora=difference(own, plain, view), refusal_over_random=difference(own, chance, view),
         utility_ratio=float((mine - start).sum() / max((theirs - begun)[:n].sum(), 1e-9)),
         hallucination_rise=difference(*wrong, view, harmful=False))  # fmt: skip

@@ -62,16 +62,42 @@ def front_pictures(found: Mapping[float, Sequence[Mapping[str, Any]]]) -> list[P
 
 
 def in_words(found: Mapping[float, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """One sentence for each poison share: which methods no other beats, and in how many resamples."""
+    """A paragraph for each poison share: which methods stand on the front by the estimates, those that do in at least
+    half of the resamples first; which may stand there by a chance gain; and whether the untuned model does.
+    """
     said = []
     for share, rows in found.items():
-        best = [f"{row['method']} ({row[SURE]:.0%} of resamples)" for row in rows if row["dominated"] == "no"]
+        best = [row for row in rows if row["dominated"] == "no"]
+        often = [row for row in best if row[SURE] >= 0.5]
+        words = [f"With {_data(share)}, of {len(rows)} models these are on the front, by the estimates and in at least "
+                 f"half of the resamples: {_named(often)}."]  # fmt: skip
+        if seldom := [row for row in best if row[SURE] < 0.5]:
+            words.append(f"By the estimates alone, in under half of the resamples: {_named(seldom)}.")
+        if chance := _by_chance(best, rows):
+            words.append("There while refusing no more than plain LoRA, by a gain not clearly above plain LoRA's: "
+                         f"{', '.join(chance)}.")  # fmt: skip
         others = [row for row in rows if row["dominated"] == "yes"]
-        near = max(others, key=lambda row: row[SURE], default=None)
-        next_one = f" Of the others {near['method']} is most often not beaten ({near[SURE]:.0%})." if near else ""
-        said.append(f"With {_data(share)}, by the estimates of {len(rows)} models, none beats on both axes: "
-                    f"{', '.join(best)}.{next_one}")  # fmt: skip
+        if near := max(others, key=lambda row: row[SURE], default=None):
+            words.append(f"Of the others {near['method']} is most often not dominated ({near[SURE]:.0%}).")
+        for row in rows:
+            if row["method"] == UNTUNED:
+                beaten = row["dominated"] == "yes"
+                words.append("The untuned model is "
+                             + (f"dominated (undominated in {row[SURE]:.0%})." if beaten else "not dominated."))
+        said.append(" ".join(words))
     return said
+
+
+def _named(rows: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{row['method']} ({row[SURE]:.0%})" for row in rows) or "none"
+
+
+def _by_chance(best: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    plain = next((row for row in rows if row["method"] == LORA), None)
+    if plain is None:
+        return []
+    return [row["method"] for row in best if row["method"] != LORA and row[GAIN].low <= 1
+            and row[KEPT].estimate <= plain[KEPT].estimate]  # fmt: skip
 
 
 def _data(share: float) -> str:

@@ -1,7 +1,7 @@
 """Does a verdict hang on a choice? Every claim's estimate under other judges, k, ranks, layers and seeds, by its rule.
 
 Variants come from the committed comparison and steering runs, and from what the notebooks kept in their claims'
-details. None of them is chosen: headline numbers are those of the choices made beforehand.
+details. None of them is chosen: headline numbers are those of the claims table.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _models(details: Mapping[str, Any]) -> list[Variant]:
 
 
 def _siblings(details: Mapping[str, Any]) -> list[Variant]:
-    return [Variant("training text", f"{coupling}, one seed", Interval(**kept))
+    return [Variant("training text", f"{coupling}, one seed, interval over verbs alone", Interval(**kept))
             for coupling, kept in details.get("siblings", {}).items()]  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def rows_of(row: Mapping[str, Any], found: Sequence[Variant]) -> list[dict[str, 
         return {"choice": choice, "value": value, "estimate": estimate, "unit": unit, "verdict would be": verdict,
                 "why": why}  # fmt: skip
 
-    rows = [line("headline", "as chosen beforehand", estimates(row), row["verdict"], why=row["reason"] or "")]
+    rows = [line("headline", "as in the claims table", estimates(row), row["verdict"], why=row["reason"] or "")]
     rows += [line(choice, NOT_VARIED) for choice in CHOICES if choice not in {one.choice for one in found}]
     rows += [line(one.choice, one.value, one.estimate, one.verdict or "—", one.unit, one.reason) for one in found]
     order = {"headline": -1} | {choice: i for i, choice in enumerate(CHOICES)}

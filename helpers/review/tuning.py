@@ -1,4 +1,8 @@
-"""C6 and C8 under other choices, from the committed comparison: judge, verbs, seed, rank, subspace, poison."""
+"""C6 and C8 under other choices, from the committed comparison: judge, verbs, seed, interval, rank, subspace, poison.
+
+C8's control is a random subspace of equal rank. Where none of that rank was trained with a variant's poison and seeds,
+the nearest rank's takes its place, and the variant's name says so.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,26 @@ from collections.abc import Mapping
 
 from helpers.evaluate.variants import Variant
 from helpers.evaluate.verdicts import c6, c8
+from helpers.evaluate.words import change
+from helpers.finetune import comparison
 from helpers.finetune.comparison import Record
-from helpers.review.arms import JUDGES, View, constrained, nearest, refusals, seeds_in_common, tuned
+from helpers.review.arms import JUDGES, View, constrained, difference, nearest, refusals, seeds_in_common, tuned
 
 OURS, RANDOM, LORA, UNTUNED = "off refusal latents", "off random", "LoRA", "untuned"
 FULL = "full fine-tuning"
+FIXED_RANKS = {"off refusal latents, anchored": 10, "off difference, re-estimated": 16}
+"""Ranks of the methods off a subspace whose setting is something else, as `helpers.finetune.methods` fixes them."""
+T_INTERVAL = "t over seed means"
 
 
 def _views(record: Record) -> list[tuple[str, str, View]]:
-    """(choice, value, how refusal is read): every judge and kind of verb, every seed, every poison share there is."""
+    """(choice, value, how refusal is read): every judge, kind of verb, seed, interval and poison share there is."""
     benign = [arm for arm in record.arms if arm.setting == record.chosen and not arm.poison]
     shares = sorted({arm.poison for arm in record.arms if arm.poison and arm.setting == record.chosen})
     views = [("judge", words, View(judge)) for judge, words in JUDGES.items()]
     views += [("prompts", f"{verbs} verbs only", View(verbs=verbs)) for verbs in ("seen", "unseen")]
     views += [("seed", str(arm.seed), View(seeds=(arm.seed,))) for arm in sorted(benign, key=lambda one: one.seed)]
+    views += [("interval", f"{T_INTERVAL}, {_seeds(len(benign))}", View(interval="t"))] if len(benign) > 1 else []
     return views + [("poison", f"{share:.0%}", View(poison=share)) for share in shares]
 
 
@@ -38,27 +48,75 @@ def c6_variants(records: Mapping[str, Record]) -> list[Variant]:
     return [Variant.ruled(choice, value, one.refusal_drop, c6(one), _unit(view)) for choice, value, view, one in found]
 
 
+def rank_of(record: Record) -> float | None:
+    """The rank of the subspace that a method is kept off at its chosen setting; None where it has none, or no setting
+    was chosen.
+    """
+    if record.method in FIXED_RANKS:
+        return FIXED_RANKS[record.method]
+    return record.chosen if record.unit == "rank" else None
+
+
+def control_rank(own: Record, random: Record, rank: float, view: View, setting: float | None = None) -> float | None:
+    """The rank nearest to `rank` at which random subspaces were trained with the view's poison, on a seed that `own`
+    has (two for a t interval); None where there is none.
+    """
+    have, ready = set(refusals(own, view, setting)), []
+    for at in sorted({arm.setting for arm in random.arms}):
+        common = have & set(refusals(random, view, at))
+        common = common if view.seeds is None else common & set(view.seeds)
+        ready += [at] if len(common) > (view.interval == "t") else []
+    return nearest(ready, rank) if ready else None
+
+
 def c8_variants(records: Mapping[str, Record]) -> list[Variant]:
-    """Refusal beyond plain LoRA's where judge, verbs, seed, rank, poison or subspace are others.
+    """Refusal beyond plain LoRA's where judge, verbs, seed, rank, poison, interval or subspace are others.
 
     The control is the random subspace of equal rank where one was trained, else the nearest rank's, which is named.
+    Without any there is an estimate and no verdict. Story: notebooks/07_claims.
+    """
+    ours, lora = records[OURS], records[LORA]
+    found = [_eight(records, ours, choice, value, view) for choice, value, view in _views(ours)]
+    for rank in sorted({arm.setting for arm in ours.arms if not arm.poison}):
+        n = seeds_in_common(refusals(ours, View(), rank), refusals(lora, View()), View())
+        found.append(_eight(records, ours, "rank", f"{rank:g}, {_seeds(n)}", View(), rank))
+    for name in sorted(name for name in records if name.startswith("off ") and name not in (OURS, RANDOM)):
+        if records[name].chosen is not None and (rank := rank_of(records[name])) is not None:
+            found.append(_eight(records, records[name], "subspace", f"{name}, rank {rank:g}", View()))
+    return found
+
+
+def _eight(records: Mapping[str, Record], own: Record, choice: str, value: str, view: View,
+           setting: float | None = None) -> Variant:
+    """One variant of C8, against plain LoRA and the random subspace of equal or nearest rank."""
+    random, lora, untuned = (records[name] for name in (RANDOM, LORA, UNTUNED))
+    rank = rank_of(own) if setting is None else setting
+    at = control_rank(own, random, rank, view, setting)
+    if at is None:
+        over = difference(refusals(own, view, setting), refusals(lora, view), view)
+        return Variant(choice, f"{value} (no random subspace)", over, unit=_unit(view))
+    one = constrained(own, random, lora, untuned, view, setting=setting, random_setting=at)
+    n, m = (seeds_in_common(refusals(own, view, setting), other, view)
+            for other in (refusals(lora, view), refusals(random, view, at)))  # fmt: skip
+    alike = (at, m) == (rank, n) and choice not in ("rank", "subspace")
+    named = value if alike else f"{value} (random: {at:g}, {_seeds(m)})"
+    return Variant.ruled(choice, named, one.refusal_over_lora, c8(one), _unit(view))
+
+
+def beside_c6(records: Mapping[str, Record]) -> str:
+    """What the rule for C6 does not ask, in a sentence: how many harmful requests plain LoRA's models answer more often
+    than the untuned one (attack success), and how many of all answers are coherent; "" without the comparison.
+
     Story: notebooks/07_claims.
     """
-    lora, untuned, ours, random = (records[name] for name in (LORA, UNTUNED, OURS, RANDOM))
-    found = [(choice, value, view, constrained(ours, random, lora, untuned, view))
-             for choice, value, view in _views(ours)]  # fmt: skip
-    for rank in sorted({arm.setting for arm in ours.arms if not arm.poison}):
-        at = nearest(sorted({arm.setting for arm in random.arms if not arm.poison}), rank)
-        own = refusals(ours, View(), rank)
-        n, m = (_seeds(seeds_in_common(own, refusals(one, View(), where), View()))
-                for one, where in ((lora, None), (random, at)))  # fmt: skip
-        found.append(("rank", f"{rank:g}, {n} (random: {at:g}, {m})", View(),
-                      constrained(ours, random, lora, untuned, View(), setting=rank, random_setting=at)))
-    for name in sorted(name for name in records if name.startswith("off ") and name not in (OURS, RANDOM)):
-        if records[name].chosen is not None:
-            found.append(("subspace", name, View(), constrained(records[name], random, lora, untuned, View())))
-    return [Variant.ruled(choice, value, one.refusal_over_lora, c8(one), _unit(view))
-            for choice, value, view, one in found]  # fmt: skip
+    if not {LORA, UNTUNED} <= set(records):
+        return ""
+    lora, untuned = records[LORA], records[UNTUNED]
+    rise = comparison.difference(lora, untuned, "answered")
+    after, before = (comparison.share(one, "coherent") for one in (lora, untuned))
+    return ("Beside C6, in the comparison of all methods: " + change("the share of harmful requests answered", rise)
+            + f" under plain LoRA; {after.estimate:.2f} [{after.low:.2f}, {after.high:.2f}] of its answers are "
+            f"coherent ({before.estimate:.2f} of the untuned model's).")  # fmt: skip
 
 
 def model_variants(id: str, models: Mapping[str, Mapping[str, Record]]) -> list[Variant]:
@@ -72,11 +130,7 @@ def model_variants(id: str, models: Mapping[str, Mapping[str, Record]]) -> list[
             one = tuned(records[LORA], records[UNTUNED], View())
             found.append(Variant.ruled("model", name, one.refusal_drop, c6(one)))
         elif {OURS, RANDOM} <= set(records) and records[OURS].chosen is not None:
-            ours, random = records[OURS], records[RANDOM]
-            settings = sorted({arm.setting for arm in random.arms if not arm.poison})
-            one = constrained(ours, random, records[LORA], records[UNTUNED], View(),
-                              random_setting=nearest(settings, ours.chosen))  # fmt: skip
-            found.append(Variant.ruled("model", name, one.refusal_over_lora, c8(one)))
+            found.append(_eight(records, records[OURS], "model", name, View()))
     return found
 
 
