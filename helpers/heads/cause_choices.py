@@ -146,9 +146,11 @@ def choice_variants(found: Mapping[str, Mapping[str, Any]]) -> list[Variant]:
     named = {one.value: one.choice for one in CHOICES}
     variants = []
     for model, record in found.items():
+        coupling, _, seed = model.rpartition("-")
+        own = ("seed", seed) if coupling == "default" else ("training text", f"{coupling}, seed {seed}")
         for value, kept in record["choices"].items():
             effect = effect_of(kept)
-            choice = (named[value], value) if value in named else ("seed", model.rpartition("-")[2])
+            choice = (named[value], value) if value in named else own
             variants.append(Variant.ruled(*choice, effect.refusal_cut, c5(effect)))
     return variants
 
