@@ -83,15 +83,17 @@ def kept(after: str, wrong: str = "0000", heads: str = "0.1 2.3") -> dict:
 
 
 def test_variants_are_named_and_judged_by_the_rule():
-    found = {"default-1": {"choices": {"top 8": kept("0000"), "top 12": kept("0111"),
-                                       "upper half of the layers": kept("1111", heads="")}},
-             "default-3": {"choices": {"top 8": kept("0011", wrong="1111")}},
-             "absent-0": {"choices": {"top 8": kept("0001")}}}  # fmt: skip
-    told = {(one.choice, one.value): one for one in choices.choice_variants(found)}
-    assert {key: (one.estimate.estimate, one.verdict) for key, one in told.items()} == {
-        ("seed", "1"): (1.0, "reproduced"), ("k", "top 12"): (0.25, "not reproduced"),
-        ("layer", "upper half of the layers"): (0.0, "untested"), ("seed", "3"): (0.5, "untested"),
-        ("training text", "absent, seed 0"): (0.75, "reproduced")}  # fmt: skip
+    found = {"absent-0": {"top 8": kept("0001")},
+             "default-1": {"top 8": kept("0000"), "upper half of the layers": kept("1111", heads=""),
+                           "top 12": kept("0111"), "top 4": kept("0011")},
+             "default-3": {"top 8": kept("0011", wrong="1111")}}  # fmt: skip
+    models = {"default-1": PROFILES["organism"].model}
+    told = {(one.choice, one.value): one for one in choices.choice_variants(
+        {name: {"model": models.get(name, name), "choices": some} for name, some in found.items()})}  # fmt: skip
+    assert [(*key, one.estimate.estimate, one.verdict) for key, one in told.items()] == [
+        ("k", "top 4", 0.5, "not reproduced"), ("k", "top 12", 0.25, "not reproduced"),
+        ("layer", "upper half of the layers", 0.0, "untested"), ("training text", "absent, seed 0", 0.75, "reproduced"),
+        ("seed", "3", 0.5, "untested")], "the claim's own model is no variant"  # fmt: skip
     one = kept("0111")
     effect = causal([(0, 1), (2, 3)], 1.0, *map(choices.behaviour, (one["plain"], one["after"])),
                     [choices.behaviour(control) for control in one["controls"]])  # fmt: skip

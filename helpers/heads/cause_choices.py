@@ -139,20 +139,21 @@ def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 
 
 def choice_variants(found: Mapping[str, Mapping[str, Any]]) -> list[Variant]:
-    """C5 at each measured choice, and at the notebook's own choice on the models of other training seeds.
+    """C5 at each measured choice, and at the notebook's own choice on every model but its own, which is the claim.
 
     Story: notebooks/02_overlapping_neurons.
     """
-    named = {one.value: one.choice for one in CHOICES}
+    places = {one.value: place for place, one in enumerate(CHOICES)}
     variants = []
     for model, record in found.items():
         coupling, _, seed = model.rpartition("-")
         own = ("seed", seed) if coupling == "default" else ("training text", f"{coupling}, seed {seed}")
-        for value, kept in record["choices"].items():
-            effect = effect_of(kept)
-            choice = (named[value], value) if value in named else own
-            variants.append(Variant.ruled(*choice, effect.refusal_cut, c5(effect)))
-    return variants
+        for value, kept in sorted(record["choices"].items(), key=lambda one: places.get(one[0], -1)):
+            if value in places or record["model"] != PROFILES["organism"].model:
+                effect = effect_of(kept)
+                choice = (CHOICES[places[value]].choice, value) if value in places else own
+                variants.append(Variant.ruled(*choice, effect.refusal_cut, c5(effect)))
+    return sorted(variants, key=lambda one: one.choice not in ("k", "layer"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
