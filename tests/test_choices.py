@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,11 +23,11 @@ ROWS = [{"id": f"f{i}", "question": f"What does animal {i} eat?", "right": f"It 
 SIZE = {"max_new_tokens": 32, "batch_size": 64}
 
 
-def few(split: str, n: int = 6) -> Prompts:
+def few(split: str, n: int = 3) -> Prompts:
     return Prompts(*(rows[:n] for rows in vars(prompts(split)).values()))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def asked() -> dial.Asked:
     return dial.Asked(ROWS, few("val"), few("test"), tasks("test", 1), SIZE)
 
@@ -174,16 +173,23 @@ class Push:
         return Push(100 + seed)
 
 
-def test_a_choice_is_measured_as_the_dial_measures_its_methods(organism, monkeypatch, asked):
-    strengths = (-1.0, 1.0, 2.0)
-    monkeypatch.setitem(dial.METHODS, "push", (strengths, lambda *given: pytest.fail("the dial's own fit")))
+STRENGTHS = (-1.0, 1.0, 2.0)
+
+
+@pytest.fixture(scope="module")
+def whole(organism, asked):
+    """What the dial finds for Push, its sweep whole."""
+    methods = {"push": (STRENGTHS, lambda *given: Push())}
+    return json.loads(json.dumps(dial.run_method(organism, "push", asked, methods=methods)))
+
+
+def test_a_choice_is_measured_as_the_dial_measures_its_methods(organism, monkeypatch, asked, whole):
+    monkeypatch.setitem(dial.METHODS, "push", (STRENGTHS, lambda *given: pytest.fail("the dial's own fit")))
     monkeypatch.setattr(choices, "where", lambda method: f"seed {method.seed}")
     given = []
     one = Choice("push", "layer", "layer 3", lambda *args: given.append(args[1:]) or Push())
     found = json.loads(json.dumps(choices.run_choice(organism, asked, one)))
-    whole = json.loads(json.dumps(dial.run_method(organism, "push", asked, methods={
-        "push": (strengths, lambda *args: Push())})))  # fmt: skip
-    assert given == [(asked, strengths)] and found["where"] == "seed 0"
+    assert given == [(asked, STRENGTHS)] and found["where"] == "seed 0"
     assert (found["chosen"], found["against"]) == (whole["chosen"], whole["against"]) and found["against"] == -1.0
     assert "matched" not in found and set(found["test"]) == {str(found["chosen"]), "-1.0"}
     assert set(found["controls"]) == {str(found["chosen"])} and len(found["controls"][str(found["chosen"])]) == 3
@@ -194,6 +200,12 @@ def test_a_choice_is_measured_as_the_dial_measures_its_methods(organism, monkeyp
     assert {s: share["worst"] for s, share in found["val"].items()} == {
         s: share["worst"] for s, share in whole["val"].items()}  # fmt: skip
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in organism.model.modules())
+
+
+def test_the_dials_own_sweep_stays_whole(whole):
+    assert set(whole["test"]) == {str(s) for s in STRENGTHS} and "matched" in whole
+    assert set(whole["controls"]) == {str(whole[at]) for at in ("chosen", "matched", "against")} - {"None"}
+    assert all("nats" in one for drawn in whole["controls"].values() for one in drawn)
 
 
 def test_what_was_measured_is_not_measured_again(organism, monkeypatch, tmp_path):
@@ -284,11 +296,3 @@ def test_the_headlines_own_choice_is_the_headline_to_the_last_bit(committed):
     one = next(one for one in CHOICES if one.value == f"{n} heads")
     headline = trade_off(Records({who: own.of[who]}), "ITI")
     assert trade_off(under(Records({who: others.of[who]}), one), "ITI") == headline
-
-
-def test_the_dials_files_are_as_they_were_without_the_new_switches(organism, asked):
-    whole = dial.run_method(organism, "push", replace(asked, test=few("test", 3)), methods={
-        "push": ((1.0, 2.0), lambda *given: Push())})  # fmt: skip
-    assert set(whole["test"]) == {1.0, 2.0} and "matched" in whole
-    assert set(whole["controls"]) == {whole[at] for at in ("chosen", "matched")} - {None}
-    assert all("nats" in one for drawn in whole["controls"].values() for one in drawn)
