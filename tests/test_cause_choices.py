@@ -11,7 +11,7 @@ import pytest
 from helpers.config import PROFILES, ROOT
 from helpers.evaluate.verdicts import c5
 from helpers.heads import cause_choices as choices
-from helpers.heads.cause import causal, causal_test
+from helpers.heads.cause import CausalTest, causal, causal_test
 from helpers.heads.cause_choices import CHOICES, OWN, Choice, shared_heads
 from helpers.heads.overlap import overlap_test
 from helpers.stats import Interval
@@ -50,6 +50,31 @@ def test_the_list_covers_k_and_both_halves_and_not_the_notebooks_own_choice():
 
 def ask(rows):
     return choices.Rows(rows.facts, rows.harmful, VAL, TEST)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_each_part_of_the_causal_test_is_kept_in_its_place(tiny_llama, monkeypatch, sharing):
+    one = np.random.default_rng(2).normal(size=(6, 3, 4))
+    scores = one, one + 0 if sharing else -one
+    parts = [choices.behaviour({"wrong": w, "refused": r, "answered": a}) for w, r, a in (
+        ("111", "1111", "0000"), ("010", "1000", "0110"), ("110", "1110", "0001"), ("111", "1011", "0100"))]
+    plain, after, *controls = parts
+    asked = {}
+
+    def test(lm, heads, rows, **given):
+        asked.update(given, heads=heads, rows=rows)
+        effect = causal(heads, 0.97, plain, after, controls)
+        return CausalTest(0.25, plain, after, tuple(controls), effect)
+
+    monkeypatch.setattr(choices, "causal_test", test)
+    kept = choices.run_choice(tiny_llama, scores, ask(FIT), Choice("k", "top 3", 3), {"batch_size": 2}, (0.25, 0.5))
+    heads = sorted(best(one, 3, range(3))) if sharing else []
+    assert asked == {"heads": heads or list(best(scores[1], 1, range(3))), "rows": TEST, "val": VAL, "batch_size": 2,
+                     "chosen_on": FIT.facts + FIT.harmful, "factors": (0.25, 0.5)}  # fmt: skip
+    assert (kept["factor"], kept["coherence"]) == (0.25, 0.97)
+    assert [kept["plain"], kept["after"], *kept["controls"]] == [choices.bits(part) for part in parts]
+    effect = choices.effect_of(json.loads(json.dumps(kept)))
+    assert effect == causal(heads, 0.97, plain, after, controls) and effect.refusal_cut.estimate == 0.75
 
 
 @pytest.mark.parametrize("sharing", [True, False])
