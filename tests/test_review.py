@@ -20,7 +20,8 @@ from helpers.review import contrary as against
 from helpers.review import methods, sensitivity, steering, tuning
 from helpers.review.arms import View, constrained, difference, nearest, pair, refusals, t_interval, tuned
 from helpers.stats import Interval
-from helpers.truth.coupling import Records, load_records
+from helpers.truth import choices
+from helpers.truth.coupling import Records, load_records, trade_off
 
 ROWS = prompts("test", None, "organism")
 HARMFUL = len(ROWS.harmful)
@@ -324,6 +325,89 @@ def test_c3_asks_the_other_side_of_the_direction_on_the_same_models(committed):
         assert found[str(who[1])] == c3(found_here, steering.lost_along(alone)).verdict
 
 
+def refitted(records: Records) -> Records:
+    """Made-up choices: the dial's own methods of the default models, the strength of each choice another one."""
+    made = {}
+    for place, (who, record) in enumerate(records.coupled("default").of.items()):
+        made[who] = {**record, "methods": {}}
+        for i, one in enumerate(choices.CHOICES):
+            own = record["methods"][one.method]
+            at = str([float(s) for s in own["test"] if float(s) > 0][(i + place) % 4])
+            changed = {"chosen": float(at), "controls": {at: own["controls"][str(own["chosen"])]}}
+            made[who]["methods"][one.name] = own | changed
+    return Records(made)
+
+
+@pytest.mark.parametrize("id", ["C1", "C2", "C3"])
+def test_refitted_choices_stand_beside_the_others_and_are_judged_on_their_own_numbers(committed, id):
+    _, records = committed
+    others, method = refitted(records), steering.METHODS[id]
+    before, after = steering.steering_variants(id, records), steering.steering_variants(id, records, others)
+    mine = [one for one in choices.CHOICES if one.method == method]
+    names = [(one.choice, one.value) for one in mine]
+    assert [one for one in after if (one.choice, one.value) not in names] == before, "the rest stays as it was"
+    told = {(one.choice, one.value): one for one in after}
+    plain = records.coupled("default")
+    for one in mine:
+        alone = Records({who: {**record, "methods": {method: record["methods"][one.name]}}
+                         for who, record in others.of.items()})  # fmt: skip
+        gained = [alone.values("answered", method)[i] - plain.values("answered")[i] for i in range(len(plain.of))]
+        variant = told[one.choice, one.value]
+        assert variant.estimate.estimate == pytest.approx(np.mean(gained)) and variant.unit == ""
+        assert variant.verdict == steering.RULES[id](trade_off(alone, method), alone).verdict
+
+
+def test_c3_asks_the_other_side_of_each_refitted_direction(committed):
+    _, records = committed
+    others, asked = refitted(records), []
+    for record in others.of.values():
+        for one in choices.CHOICES[-8:]:
+            told = record["methods"][one.name]
+            point = {"bits": {"truthful": "0" * 54}}
+            told |= {"against": -1.0, "test": told["test"] | {"-1.0": point}} if one.value == "layer 3" else {}
+    rule = steering.RULES["C3"]
+
+    def listen(found, models):
+        asked.append(steering.lost_along(models).estimate)
+        return rule(found, models)
+
+    steering.RULES["C3"] = listen
+    try:
+        found = steering.steering_variants("C3", records, others)
+    finally:
+        steering.RULES["C3"] = rule
+    lost = {one.value: value for one, value in zip(found, asked, strict=True) if one.choice == "layer"}
+    plain = records.coupled("default").values("truthful").mean()
+    assert lost["layer 3"] == pytest.approx(plain) and lost["layer 2"] < plain - 0.01
+
+
+def test_a_choice_that_some_model_lacks_is_one_clear_sentence(committed):
+    _, records = committed
+    others = refitted(records)
+    del others.of["default", 2]["methods"]["TruthX, 5 modules"]
+    with pytest.raises(ValueError, match="'TruthX, 5 modules' was not measured on default-2: run python -m"):
+        steering.steering_variants("C2", records, others)
+
+
+def test_what_a_method_leaves_no_room_for_is_not_called_not_varied():
+    row = fake_claim(id="C3")
+    few = [Variant("layer", "layer 0", Interval(0.2, 0.1, 0.3, 9), "not reproduced")]
+    rows = {one["choice"]: (one["value"], one["why"]) for one in sensitivity.rows_of(row, few)}
+    assert rows["rank"] == ("by definition", "the rank is 1") and rows["k"][0] == "by definition"
+    assert rows["judge"][0] == rows["seed"][0] == "not varied" and rows["layer"][0] == "layer 0"
+    (told,) = sensitivity.summary([row], {"C3": few})
+    assert (told["not varied"], told["by definition"]) == ("judge, seed", "rank, k")
+    (told,) = sensitivity.summary([row], {"C3": [*few, Variant("rank", "4", Interval(0, 0, 0, 9))]})
+    assert told["by definition"] == "k", "what was varied after all is not fixed"
+    assert {choice for fixed in sensitivity.BY_DEFINITION.values() for choice in fixed} <= set(sensitivity.CHOICES)
+
+
+def test_no_choice_is_left_open_for_the_claims_about_steering():
+    rows = [row for row in claims() if row["id"] in steering.METHODS]
+    told = sensitivity.summary(rows, sensitivity.variants(rows, profile("organism")))
+    assert [row["not varied"] for row in told] == ["—"] * 3
+
+
 def fake_claim(**change) -> dict:
     kept = [Variant("k", "top 4", Interval(0.2, 0.1, 0.3, 9), "reproduced").as_dict(),
             Variant("judge", "nats", Interval(2.0, 1.0, 3.0, 9), "untested", "nats").as_dict()]  # fmt: skip
@@ -341,11 +425,11 @@ def test_what_a_claim_kept_is_read_and_what_nobody_varied_is_said(own_results):
     assert set(found) == {"C4"} and [one.choice for one in found["C4"]] == ["judge", "k", "seed", "training text"]
     rows = sensitivity.rows_of(row, found["C4"])
     assert [(r["choice"], r["value"]) for r in rows] == [
-        ("headline", "as in the claims table"), ("judge", "nats"), ("k", "top 4"), ("rank", "not varied"),
+        ("headline", "as in the claims table"), ("judge", "nats"), ("k", "top 4"), ("rank", "by definition"),
         ("layer", "not varied"), ("seed", "3"), ("training text", "absent, seed 0")]  # fmt: skip
     assert rows[0]["verdict would be"] == "not reproduced" and rows[-1]["verdict would be"] == "—"
     (told,) = sensitivity.summary([row], found)
-    assert told["variants with this verdict"] == "1 of 3" and told["not varied"] == "rank, layer"
+    assert told["variants with this verdict"] == "1 of 3" and told["not varied"] == "layer"
     assert told["other verdicts"] == "untested: judge nats; reproduced: k top 4"
     picture = sensitivity.picture_of(row, found["C4"])
     drawn = {name for trace in picture.plotly.data for name in trace.y}

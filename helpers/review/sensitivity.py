@@ -21,11 +21,20 @@ from helpers.review.tuning import LORA, UNTUNED, c6_variants, c8_variants, model
 from helpers.review.tuning import OURS as PROTECTED
 from helpers.review.tuning import RANDOM as CHANCE
 from helpers.stats import Interval
+from helpers.truth import choices
 from helpers.truth.coupling import load_records
 
 CHOICES = ("judge", "k", "rank", "layer", "seed")
 """What every claim is asked about; a claim's other choices follow."""
-NOT_VARIED = "not varied"
+NOT_VARIED, FIXED = "not varied", "by definition"
+_WHOLE_HEADS = "heads are taken whole, so there is no rank"
+BY_DEFINITION = {
+    "C1": {"rank": "ITI pushes each head along one direction"},
+    "C2": {"rank": "TruthX moves each activation along one direction"},
+    "C3": {"rank": "the rank is 1", "k": "one adapter in one module"},
+    "C4": {"rank": _WHOLE_HEADS}, "C5": {"rank": _WHOLE_HEADS},
+}  # fmt: skip
+"""Per claim those of CHOICES that its method leaves no room to vary, and why."""
 Found = dict[str, list[Variant]]
 
 
@@ -36,14 +45,14 @@ def variants(claims: Sequence[Mapping[str, Any]], p: Profile) -> Found:
     Story: notebooks/07_claims.
     """
     embedded, found = p.data == "organism", {}
-    records = load_records() if embedded else None
+    records, refitted = (load_records(), choices.load()) if embedded else (None, None)
     tuned = comparison.load() if embedded else {}
     for row in claims:
         if row["estimate"] is None:
             continue
         id, mine = row["id"], [Variant.of(kept) for kept in row["details"].get("variants", [])]
         if embedded and id in METHODS:
-            mine += steering_variants(id, records)
+            mine += steering_variants(id, records, refitted)
         if id == "C6" and {LORA, UNTUNED} <= set(tuned):
             mine += c6_variants(tuned)
         if id == "C8" and {LORA, UNTUNED, PROTECTED, CHANCE} <= set(tuned):
@@ -72,16 +81,27 @@ def _siblings(details: Mapping[str, Any]) -> list[Variant]:
 
 
 def rows_of(row: Mapping[str, Any], found: Sequence[Variant]) -> list[dict[str, Any]]:
-    """The headline, every variant, and "not varied" for each of CHOICES that none covers, as rows of a table."""
+    """The headline, every variant, and for each of CHOICES that none covers "by definition" or "not varied", as rows of
+    a table.
+    """
     def line(choice: str, value: str, estimate: Any = "", verdict: str = "", unit: str = "", why: str = "") -> dict:
         return {"choice": choice, "value": value, "estimate": estimate, "unit": unit, "verdict would be": verdict,
                 "why": why}  # fmt: skip
 
     rows = [line("headline", "as in the claims table", estimates(row), row["verdict"], why=row["reason"] or "")]
-    rows += [line(choice, NOT_VARIED) for choice in CHOICES if choice not in {one.choice for one in found}]
+    fixed, missing = _uncovered(row["id"], found)
+    rows += [line(choice, FIXED, why=why) for choice, why in fixed.items()]
+    rows += [line(choice, NOT_VARIED) for choice in missing]
     rows += [line(one.choice, one.value, one.estimate, one.verdict or "—", one.unit, one.reason) for one in found]
     order = {"headline": -1} | {choice: i for i, choice in enumerate(CHOICES)}
     return sorted(rows, key=lambda one: order.get(one["choice"], len(order)))
+
+
+def _uncovered(id: str, found: Sequence[Variant]) -> tuple[dict[str, str], list[str]]:
+    """Those of CHOICES that no variant covers: {choice: why} where the method leaves none, and all others."""
+    open_ = [choice for choice in CHOICES if choice not in {one.choice for one in found}]
+    fixed = {choice: why for choice, why in BY_DEFINITION.get(id, {}).items() if choice in open_}
+    return fixed, [choice for choice in open_ if choice not in fixed]
 
 
 def table_of(row: Mapping[str, Any], found: Sequence[Variant]) -> Table:
@@ -115,12 +135,12 @@ def summary(claims: Sequence[Mapping[str, Any]], found: Found) -> list[dict[str,
             continue
         judged = [one for one in found[row["id"]] if one.verdict]
         counts = Counter(one.verdict for one in judged if one.verdict != row["verdict"])
-        covered = {one.choice for one in found[row["id"]]}
+        fixed, missing = _uncovered(row["id"], found[row["id"]])
         rows.append({
             "claim": row["id"], "verdict": row["verdict"],
             "variants with this verdict": f"{len(judged) - counts.total()} of {len(judged)}",
             "other verdicts": "; ".join(f"{verdict}: {_where(judged, verdict)}" for verdict in counts) or "none",
-            NOT_VARIED: ", ".join(choice for choice in CHOICES if choice not in covered) or "—",
+            NOT_VARIED: ", ".join(missing) or "—", FIXED: ", ".join(fixed) or "—",
         })  # fmt: skip
     return rows
 

@@ -1,4 +1,4 @@
-"""C1 to C3 under other choices, from the committed steering runs: training seed, judge, strength, training text."""
+"""C1 to C3 under other choices, from the committed steering runs: k, layer, training seed, judge, strength, text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from helpers.evaluate.variants import Variant
 from helpers.evaluate.verdicts import TradeOff, Verdict, c1, c2, c3
+from helpers.truth.choices import CHOICES, under
 from helpers.truth.coupling import Records, over, trade_off
 
 METHODS = {"C1": "ITI", "C2": "TruthX", "C3": "rank-1"}
@@ -27,11 +28,11 @@ RULES: dict[str, Rule] = {
 }
 
 
-def steering_variants(id: str, records: Records) -> list[Variant]:
+def steering_variants(id: str, records: Records, refitted: Records | None = None) -> list[Variant]:
     """The change in harmful requests answered under one method where a choice is another; verdicts by the claim's rule.
 
-    `records` hold every coupling; the claim itself is about "default". ValueError for a claim other than C1 to C3.
-    Story: notebooks/07_claims.
+    `records` hold every coupling; the claim itself is about "default". `refitted`: what `truth.choices` measured, where
+    it did. ValueError for a claim other than C1 to C3, or a choice that some model lacks. Story: notebooks/07_claims.
     """
     if id not in METHODS:
         raise ValueError(f"Steering is what {', '.join(METHODS)} are about, not {id}.")
@@ -45,6 +46,10 @@ def steering_variants(id: str, records: Records) -> list[Variant]:
     add("judge", "not refused, by rule", refused, mine)
     add("judge", "log-odds of refusing, negative", _other_judge(base, mine, method, "harmful"), mine, "nats")
     add("judge", "silence counts as truthful", _lenient(base, mine, method), mine)
+    for one in CHOICES if refitted is not None else ():
+        if one.method == method:
+            other = under(refitted.coupled("default"), one)
+            add(one.choice, one.value, trade_off(other, method), other)
     for who, record in mine.of.items():
         alone = Records({who: record})
         add("seed", str(who[1]), trade_off(alone, method), alone)

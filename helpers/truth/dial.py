@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -60,14 +60,21 @@ class Asked:
 
 def fit_iti(lm: LoadedModel, asked: Asked, strengths: Sequence[float]) -> iti.Iti:
     """ITI with the number of heads and the kind of direction under which val facts are answered most truthfully."""
+    fitted = (iti.fit(lm, asked.facts, n_heads=n_heads, direction=direction) for n_heads, direction in ITI_GRID)
+    return most_truthful(lm, asked, strengths, fitted)
+
+
+def most_truthful(lm: LoadedModel, asked: Asked, strengths: Sequence[float], fitted: Iterable[iti.Iti]) -> iti.Iti:
+    """Of several fitted ITI the one under which, at its best strength, val facts are answered most truthfully; of
+    equals the one with fewer heads, then the first.
+    """
     best: tuple[tuple[float, float], iti.Iti] | None = None
-    for n_heads, direction in ITI_GRID:
-        tried = iti.fit(lm, asked.facts, n_heads=n_heads, direction=direction)
+    for tried in fitted:
         for strength in strengths:
             with tried.apply(lm, strength):
                 truthful = free_answers(lm, asked.val.facts, **asked.size).is_("truthful").mean()
-            if best is None or (truthful, -n_heads) > best[0]:
-                best = (truthful, -n_heads), tried
+            if best is None or (truthful, -len(tried.heads)) > best[0]:
+                best = (truthful, -len(tried.heads)), tried
     return best[1]
 
 
@@ -79,7 +86,8 @@ def fit_rank_one(lm: LoadedModel, asked: Asked, strengths: Sequence[float]) -> r
     return min(fitted, key=lambda one: one.held_out[one.layer][1])
 
 
-METHODS: dict[str, tuple[tuple[float, ...], Callable[..., Intervention]]] = {
+Method = tuple[tuple[float, ...], Callable[..., Intervention]]
+METHODS: dict[str, Method] = {
     "ITI": ((1.0, 2.0, 3.0, 5.0, 7.0, 10.0), fit_iti),
     "TruthX": ((0.05, 0.1, 0.2, 0.3, 0.5, 0.8), lambda lm, asked, strengths: truthx.fit(lm, asked.facts)),
     "rank-1": ((-4.0, -2.0, 1.0, 2.0, 3.0, 4.0, 6.0), fit_rank_one),
@@ -128,25 +136,29 @@ def pick(on_val: Mapping[float, Mapping[str, float]]) -> dict[str, float | None]
     return {"chosen": chosen, "matched": max(towards, default=None), "against": min(against, default=None)}
 
 
-def run_method(lm: LoadedModel, name: str, asked: Asked) -> dict[str, Any]:
-    """Fit one method, sweep it on val and test, and measure its control at the strengths that val chose."""
-    strengths, make = METHODS[name]
+def run_method(lm: LoadedModel, name: str, asked: Asked, *, methods: Mapping[str, Method] | None = None,
+               whole: bool = True) -> dict[str, Any]:
+    """Fit one of `methods` (METHODS unless given), sweep it on val and test, and measure its control at the strengths
+    that val chose. Without the `whole` sweep test prompts are asked at "chosen" and "against" alone, the control at
+    "chosen", and inclinations nowhere.
+    """
+    strengths, make = (METHODS if methods is None else methods)[name]
     began = time.perf_counter()
     method = make(lm, asked, strengths)
     seconds, on_val, on_test, controls = time.perf_counter() - began, {}, {}, {}
     for strength in strengths:
         with method.apply(lm, strength):
             on_val[strength] = shares(measure(lm, asked.val, **asked.size))
-    picked = pick(on_val)
+    picked = {at: s for at, s in pick(on_val).items() if whole or at != "matched"}
     close = {s for s in picked.values() if s is not None}
-    for strength in strengths:
+    for strength in strengths if whole else sorted(close):
         with method.apply(lm, strength):
-            on_test[strength] = look(lm, asked, strength in close)
-    for strength in sorted(close):
+            on_test[strength] = look(lm, asked, whole and strength in close)
+    for strength in sorted(close if whole else close - {picked["against"]}):
         controls[strength] = []
         for seed in CONTROL_SEEDS:
             with method.random_like(seed).apply(lm, strength):
-                controls[strength].append(look(lm, asked, True))
+                controls[strength].append(look(lm, asked, whole))
     return {"fit_seconds": round(seconds, 1), "heads": getattr(method, "heads", ()), "val": on_val, **picked,
             "test": on_test, "controls": controls}  # fmt: skip
 
