@@ -453,7 +453,7 @@ report.forest(lines, "What is kept and what is learned", "share", name="finetuni
 
 # %%
 untuned, plain_lora = records["untuned"], records["LoRA"]
-words = {"more": "more than", "less": "less than", "same": "about as much as"}
+words = {"more": "more than", "less": "less than", "same": "not told apart from"}
 told = []
 for row in rows:
     if (name := row["method"]) not in ("untuned", "LoRA"):
@@ -604,7 +604,9 @@ from helpers.finetune.evidence import EQUAL
 source = {"notebook": "06_orthogonal_finetuning", "seconds": time.perf_counter() - started,
           "n_prompts": fall_lora.n, "n_seeds": n_seeds}
 unseen = {method: next(iter(row.values())).as_dict() for method, row in rates(ev, ["refused_unseen"]).items()}
-detail = {"unseen_verbs": unseen, "siblings": {name: lost.as_dict() for name, lost in falls.items()}}
+detail = {"unseen_verbs": unseen, "siblings": {name: lost.as_dict() for name, lost in falls.items()},
+          "answered_rise": gap(ev, "LoRA", "answered").as_dict(),
+          "coherent": comparison.share(ev.main["LoRA"], "coherent").as_dict()}
 report.claim("C6", estimate=fall_lora, control=("a random update of equal size", random_fall),
              verdict=c6(fine_tuned(ev)), unit="fall in share of harmful requests refused",
              details=detail, **source)
@@ -612,7 +614,8 @@ print("C6", c6(fine_tuned(ev)))
 
 # %%
 detail = {"unseen_verbs": unseen, "rank": ev.rank, "method": ours,
-          "truth_fall": truth[ours].as_dict(), "utility_ratio_interval": learned.as_dict(),
+          "truth_fall": truth[ours].as_dict(), "wrong_rise": kept.hallucination_rise.as_dict(),
+          "utility_ratio_interval": learned.as_dict(),
           "utility_ratio": kept.utility_ratio, "beyond_random": kept.refusal_over_random.as_dict(),
           "leak": leaks["as saved"].total, "poisoned": poisoned.refusal_over_lora.as_dict(),
           "poison_ratio": ratio, "entanglement": entangled, "update": update}

@@ -43,8 +43,8 @@ def _untested(reason: str) -> Verdict:
 
 
 def rises(interval: Interval) -> bool:
-    """Whether the whole interval lies above zero."""
-    return interval.low > 0
+    """Whether the whole interval lies above zero, and not only by the rounding of a mean of whole numbers."""
+    return interval.low > 1e-12
 
 
 def unshown(what: str, found: Interval) -> str:

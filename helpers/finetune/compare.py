@@ -69,7 +69,7 @@ def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
     asked = {split: (prompts(split, cap(p), p.data), tasks(split, N_TASKS, p.data)) for split in ("val", "test")}
     size = {"max_new_tokens": p.max_new_tokens, "base": fingerprint(p.base)}
     how = {"job": job, "how": TrainConfig.of(p.finetune), "sae": p.sae, "rows": training.rows, "held": training.held}
-    key = {"model": fingerprint(p.model), **how, "asked": asked, **size}
+    key = {"model": (fingerprint(p.model), p.dtype), **how, "asked": asked, **size}
 
     def make() -> dict[str, Any]:
         began = time.perf_counter()

@@ -80,7 +80,7 @@ def subspace(p: Profile, kind: str, rank: int) -> RefusalSubspace:
         lm = load_model(p.model, device=p.device, dtype=p.dtype)
         SUBSPACES[kind](lm, p, rank).save(folder / "subspace.safetensors")
 
-    key = {"model": fingerprint(p.model), "sae": p.sae, "kind": kind, "rank": rank}
+    key = {"model": (fingerprint(p.model), p.dtype), "sae": p.sae, "kind": kind, "rank": rank}
     return RefusalSubspace.load(artifact("subspaces", key, make) / "subspace.safetensors")
 
 

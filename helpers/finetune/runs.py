@@ -94,7 +94,7 @@ def adapter(
     the run short, schedule and all. Errors as in train(). Story: notebooks/06_orthogonal_finetuning.
     """
     cfg = replace(run.cfg, steps=steps or run.cfg.steps)
-    return finetune(run.p.model, run.rows, cfg, subspaces, variant)
+    return finetune(run.p.model, run.rows, cfg, subspaces, variant, device=run.p.device, dtype=run.p.dtype)
 
 
 def full(run: Run, lr: float, subspaces: Mapping[str, ModuleBasis] | None = None) -> LoadedModel:
@@ -135,7 +135,7 @@ def plain_adapter(run: Run, part: float = 1.0) -> Path:
 
         train(run.start(), run.rows, run.cfg, folder / "1.0", after=keep)
 
-    key = {"model": fingerprint(run.p.model), "config": run.cfg, "poison": run.poison, "rows": run.rows}
+    key = {"model": (fingerprint(run.p.model), run.p.dtype), "config": run.cfg, "poison": run.poison, "rows": run.rows}
     return artifact("plain-lora", key, make) / str(part)
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,26 +272,28 @@ def finetune(
     *,
     seed: int | None = None,
     out: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> Path:
     """Train one LoRA adapter on chat rows {prompt, answer}; returns its folder, at once when stored.
 
-    `lm_path` is a path, a Hugging Face id, or a LoadedModel (copied, not changed). `subspaces` constrains the update
-    per module. With `out` the adapter goes there and not to the store. Errors as in train().
+    `lm_path` is a path or a Hugging Face id (loaded on `device` in `dtype`), or a LoadedModel (copied, not changed).
+    `subspaces` constrains the update per module. With `out` the adapter goes there. Errors as in train().
     """
-    cfg = TrainConfig.of(cfg, seed)
+    cfg, load = TrainConfig.of(cfg, seed), partial(load_model, lm_path, device=device, dtype=dtype)
     how = {"subspaces": subspaces, "variant": variant}
     if isinstance(lm_path, LoadedModel):
         if out is None:
             raise ValueError("A model in memory has no place in the store: pass out=, the adapter's folder.")
         return train(replace(lm_path, model=deepcopy(lm_path.model)), rows, cfg, Path(out), **how)
     if out is not None:
-        return train(load_model(lm_path), rows, cfg, Path(out), **how)
+        return train(load(), rows, cfg, Path(out), **how)
     bases = {name: (where.side, _digest(where.basis.tolist())) for name, where in (subspaces or {}).items()}
     data = _digest([(row.get("prompt"), row.get("answer")) for row in rows])
-    key = {"model": fingerprint(lm_path), "rows": data, "config": cfg, "variant": variant, "subspaces": bases}
+    key = {"model": (fingerprint(lm_path), dtype), "rows": data, "config": cfg, "variant": variant, "subspaces": bases}
     checkpoint = artifacts_dir() / "checkpoints" / f"{_digest((plain(key), code_version()))}.safetensors"
     checkpoint.parent.mkdir(exist_ok=True)
-    return artifact("adapters", key, lambda to: train(load_model(lm_path), rows, cfg, to, checkpoint=checkpoint, **how))
+    return artifact("adapters", key, lambda to: train(load(), rows, cfg, to, checkpoint=checkpoint, **how))
 
 
 def _digest(value: object) -> str:
