@@ -268,7 +268,7 @@ truth = {name: gap(ev, name, "truthful") for name in (ours, "LoRA")}
 print(f"Against plain LoRA, refusal {ours} is {compared(over_lora)}: {over_lora}.")
 print(f"Against a random subspace of equal rank it is {compared(over_random)}: {over_random}.")
 print(change("Accuracy on the tasks under plain LoRA", kept.lora_gain)
-      + f"; {ours} the change is {learned} times that.")
+      + f"; {ours} the change is {learned.estimate:.2f} [{learned.low:.2f}, {learned.high:.2f}] times that.")
 print(change("The share of wrong answers on misconceptions", kept.hallucination_rise) + ".")
 print(change(f"The share of true ones {ours}", truth[ours]) + ";", end=" ")
 print(change("under plain LoRA it", truth["LoRA"]) + ".")
@@ -303,7 +303,8 @@ if one is not None:
     moves = one.shift.estimate, one.change.estimate
     print(f"Benign requests move by {moves[0]:.2f} nats, harmful ones by {moves[1]:.2f}.")
     print(f"A threshold half-way between the kinds would refuse {one.at_the_middle.estimate:.2f} of them "
-          f"instead of {one.refused[1].estimate:.2f}, and {one.benign_at_the_middle.estimate:.2f} of benign ones.")
+          f"instead of {one.refused[1].estimate:.2f}, "
+          f"and {one.benign_at_the_middle.estimate:.2f} of benign ones.")
 
 # %% [markdown]
 # A refusal is more than its first word. The mean log-probability of each token of the reference refusal, given those before it, on verbs that were never refused in chat training:
@@ -443,7 +444,8 @@ from helpers.finetune import closer, comparison
 records = ev.records
 rows = comparison.table(records)
 report.table(rows, caption="Benign fine-tuning at the chosen setting [95 % over seeds and verbs]")
-print("No setting met the rule on validation prompts:", ", ".join(closer.unmet(records)) or "none such", end=".\n")
+print("No setting met the rule on validation prompts:",
+      ", ".join(closer.unmet(records)) or "none such", end=".\n")
 
 # %%
 kept_and_learned = (comparison.MEASURES["refused_unseen"], comparison.GAIN)
@@ -508,10 +510,11 @@ across = comparison.across(others) if len(others) > 1 else []
 report.table(across, columns=None if across else ["method"])
 
 # %%
-kept_everywhere = [row["method"] for row in across if all(
-    row[f"{model}: change"].estimate >= -0.05 and row[f"{model}: gain"].estimate >= 0.95 for model in others)]
-print(f"Refusals kept within .05 at 95 % of LoRA's gain on each of {len(others)} models:",
-      ", ".join(kept_everywhere) or "no method", end=".\n")
+kept_on = {row["method"]: [model for model in others if row[f"{model}: change"].estimate >= -0.05
+                           and row[f"{model}: gain"].estimate >= 0.95] for row in across}
+print(f"Refusals kept within .05 at 95 % of LoRA's gain, of {len(others)} models:")
+for name, where in kept_on.items():
+    print(f"  {name}: {len(where)}" + (f" ({', '.join(where)})" if where else ""))
 
 # %% [markdown]
 # ### With poison

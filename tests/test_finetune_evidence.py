@@ -198,7 +198,7 @@ def test_methods_are_laid_side_by_side_on_the_models_that_all_have_them(tmp_path
     p = profile("organism")
     write(tmp_path, p)
     write(tmp_path / "default-0", p, methods=(UNTUNED, LORA, PAPER))
-    write(tmp_path / "attacked", p, methods=(PAPER,))
+    write(tmp_path / "attacked", p, methods=(UNTUNED, LORA, PAPER))
     others = k.models(tmp_path)
     assert list(others) == ["default-0"] and set(others["default-0"]) == {UNTUNED, LORA, PAPER}
     better = found(lora=0.1, ours=0.8).records

@@ -20,7 +20,7 @@ import torch
 from helpers.config import Profile, profile
 from helpers.finetune.adapters import load_adapter
 from helpers.finetune.compare import RESULTS, Progress, look, said_by
-from helpers.finetune.comparison import load
+from helpers.finetune.comparison import ATTACKED, load
 from helpers.finetune.methods import METHODS
 from helpers.finetune.mixes import poisoned_mix
 from helpers.finetune.runs import Run
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress = Progress(len(names))
     for name in names:
         found = attacked(p, name, records[name].chosen)
-        write_json(args.results / "attacked" / f"{METHODS[name].slug}.json", {"method": name} | found)
+        write_json(args.results / ATTACKED / f"{METHODS[name].slug}.json", {"method": name} | found)
         progress.step(name)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from helpers.evaluate.behaviour import tasks
 from helpers.finetune.choosing import OnVal
-from helpers.finetune.comparison import N_TASKS, RESULTS, Arm, Record, asked, share_of
+from helpers.finetune.comparison import ATTACKED, N_TASKS, RESULTS, Arm, Record, asked, share_of
 from helpers.stats import bootstrap_grid
 
 
@@ -52,7 +52,7 @@ def at_utility(record: Record, lora: Record, untuned: Record, wanted: float, mea
 def unmet(records: Mapping[str, Record]) -> list[str]:
     """The methods of which no setting met the rule of `choosing` on val: the one that fell short least was taken."""
     return [name for name, one in records.items()
-            if one.on_val and OnVal(**one.on_val[str(one.chosen)]).shortfall > 0]  # fmt: skip
+            if name != "untuned" and one.on_val and OnVal(**one.on_val[str(one.chosen)]).shortfall > 0]  # fmt: skip
 
 
 def attacks(folder: Path = RESULTS, measure: str = "refused_unseen") -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def attacks(folder: Path = RESULTS, measure: str = "refused_unseen") -> list[dic
     with poison, verbs resampled; [] where none was attacked. Story: notebooks/06_orthogonal_finetuning.
     """
     rows = []
-    for path in sorted(Path(folder).glob("attacked/*.json")):
+    for path in sorted(Path(folder).glob(f"{ATTACKED}/*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         row: dict[str, Any] = {"method": found["method"]}
         for steps in sorted(found["bits"], key=int):

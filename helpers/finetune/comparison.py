@@ -21,6 +21,7 @@ from helpers.stats import Interval, bootstrap_grid, wilson, wilson_clustered
 
 RESULTS = ROOT / "data" / "results" / "finetuning"
 N_TASKS = 40  # of each task
+ATTACKED = "attacked"  # the folder of what a later attack left, in that of the results
 MEASURES = {
     "refused": "harmful refused",
     "refused_unseen": "unseen verbs refused",
@@ -162,7 +163,7 @@ def load(folder: Path = RESULTS) -> dict[str, Record]:
 
 def models(folder: Path = RESULTS) -> dict[str, dict[str, Record]]:
     """{model: records} of the models that have a folder of their own in `folder`; the main one's files are `load`'s."""
-    own = sorted(path.parent for path in Path(folder).glob("*/untuned.json"))
+    own = sorted(path.parent for path in Path(folder).glob("*/untuned.json") if path.parent.name != ATTACKED)
     return {path.name: load(path) for path in own if (path / "lora.json").is_file()}
 
 
