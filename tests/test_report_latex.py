@@ -8,7 +8,7 @@ import pytest
 
 from helpers import report
 from helpers.config import ROOT
-from helpers.report.exports import MAX_ROWS, claims_latex, table_latex
+from helpers.report.exports import PAGE_LINES, claims_latex, table_latex
 
 COMMITTED = ROOT / "data" / "results" / "organism"
 FILES = [COMMITTED / "claims.tex", *sorted((COMMITTED / "tables").glob("*.tex"))]
@@ -22,9 +22,10 @@ def rows(n):
     return report.table(cells, caption="A % b")
 
 
-MADE = {"one": table_latex(rows(1)), "many": table_latex(rows(MAX_ROWS + 15)),
+MADE = {"one": table_latex(rows(1)), "many": table_latex(rows(PAGE_LINES + 15)),
         "starts": table_latex(report.table([{"a": "[x]", "b": "y"}, {"a": "*z", "b": ""}])),
         "wide": table_latex(report.table([{f"column number {i}": "word " * 9 for i in range(6)}])),
+        "tall": table_latex(report.table([{f"c{i}": "word " * 30 for i in range(6)}] * 9)),
         "empty": table_latex(report.table([], ["a", "b"]))}  # fmt: skip
 
 
@@ -55,8 +56,8 @@ def test_a_committed_table_is_balanced_and_escaped_and_names_its_packages(path):
 
 def test_hostile_cells_are_escaped_and_long_tables_go_over_pages():
     kinds = {name: check(text) for name, text in MADE.items()}
-    assert kinds == {"one": ("tabular", 2), "many": ("longtable", MAX_ROWS + 16), "starts": ("tabular", 3),
-                     "wide": ("tabular", 2), "empty": ("tabular", 1)}  # fmt: skip
+    assert kinds == {"one": ("tabular", 2), "many": ("longtable", PAGE_LINES + 16), "starts": ("tabular", 3),
+                     "wide": ("tabular", 2), "tall": ("longtable", 10), "empty": ("tabular", 1)}  # fmt: skip
     assert r"50 \% of A\_B \& \{x\} \#1 \$5 \textbackslash{}dag \textasciitilde{} \textasciicircum{} " in MADE["one"]
     assert r"$-$ $\times$ $^\circ$ $\to$" in MADE["one"] and r"$\lambda$ $\mu$" in MADE["one"]
     assert r"\endhead" in MADE["many"] and "{}[x] & y" in MADE["starts"] and "{}*z & " in MADE["starts"]

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from helpers.config import Profile, profile, results_dir
@@ -14,7 +15,7 @@ from helpers.report.sections import sections
 from helpers.report.tables import Table
 from helpers.store import write_text
 
-MAX_ROWS = 25  # of a table that stays on one page
+PAGE_LINES, LINE_LETTERS = 40, 90  # printed lines of a table that stays on one page; letters in a line of small print
 COLUMNS = ("id", "claim", "verdict", "reason", "estimate", "ci_low", "ci_high", "unit", "control", "control_estimate",
            "control_ci_low", "control_ci_high", "n_prompts", "n_seeds", "notebook", "profile", "model", "code_version")
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
@@ -56,14 +57,15 @@ def table_csv(table: Table) -> str:
 def table_latex(table: Table) -> str:
     """A table in small print as wide as the line, whose cells wrap in columns as wide as their text asks for.
 
-    The caption and the packages it needs are comments. One of more than MAX_ROWS rows is a longtable, which goes on
-    over pages.
+    The caption and the packages it needs are comments. One of more than about PAGE_LINES printed lines is a longtable,
+    which goes on over pages.
     """
     cells = [[str(row[i]) for row in table.rows] for i in range(len(table.columns))]
     words = [" ".join([name, *column]).split() for name, column in zip(table.columns, cells, strict=True)]
     wide = [max(min(max(map(len, column), default=0), 40), max(map(len, some), default=0) + 4)
             for column, some in zip(cells, words, strict=True)]  # fmt: skip
-    kind, head = ("longtable", [r"\endhead"]) if len(table.rows) > MAX_ROWS else ("tabular", [])
+    long = sum(_height(row, wide) for row in (table.columns, *table.rows)) > PAGE_LINES
+    kind, head = ("longtable", [r"\endhead"]) if long else ("tabular", [])
     packages = f"booktabs,array{',longtable' * (kind == 'longtable')}"
     return "\n".join([
         "% " + " ".join(table.caption.split()), rf"% \usepackage{{{packages}}}", r"\begingroup\small",
@@ -75,6 +77,12 @@ def _columns(weights: Sequence[float]) -> str:
     """Columns of the line's width, ragged, in these proportions."""
     return "".join(rf">{{\raggedright\arraybackslash}}p{{\dimexpr {w / sum(weights):.3f}\linewidth-2\tabcolsep}}"
                    for w in weights)  # fmt: skip
+
+
+def _height(cells: Sequence[Any], weights: Sequence[float]) -> int:
+    """About how many lines of print a row takes: its tallest cell's text wrapped in that column's share of the line."""
+    widths = [max(int(w / sum(weights) * LINE_LETTERS) - 2, 1) for w in weights]
+    return max((len(wrap(str(cell), width)) for cell, width in zip(cells, widths, strict=True)), default=1) or 1
 
 
 def _line(cells: Sequence[Any]) -> str:
