@@ -5,6 +5,7 @@ The environment variable `COMPANION_PROFILE` chooses it (default `organism`, the
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -193,6 +194,17 @@ def population() -> dict[tuple[str, int], str]:
     order = list(COUPLINGS)
     there = sorted((who for who, path in found.items() if path.is_dir()), key=lambda who: (order.index(who[0]), who[1]))
     return {who: found[who].relative_to(ROOT).as_posix() for who in there}
+
+
+def models_here(names: Iterable[str] = (), start: str = "") -> dict[str, str]:
+    """{"COUPLING-SEED": folder} of the named embedded models; where none is named, of all whose name starts so.
+
+    ValueError names what is not here, and what is.
+    """
+    there, names = {f"{kind}-{seed}": path for (kind, seed), path in population().items()}, list(names)
+    if unknown := set(names) - set(there):
+        raise ValueError(f"there is no model {', '.join(sorted(unknown))}; these are here: {', '.join(there)}")
+    return {name: there[name] for name in names or there if names or name.startswith(start)}
 
 
 def results_dir(p: Profile | None = None) -> Path:

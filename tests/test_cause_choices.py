@@ -127,7 +127,7 @@ def test_variants_are_named_and_judged_by_the_rule():
 
 def test_the_command_varies_choices_on_the_notebooks_model_and_seeds_elsewhere(monkeypatch, tmp_path, capsys):
     there = {("default", 0): "a", ("default", 1): PROFILES["organism"].model, ("absent", 1): "c"}
-    monkeypatch.setattr(choices, "population", lambda: there)
+    monkeypatch.setattr("helpers.config.population", lambda: there)
     ran = {}
     monkeypatch.setattr(choices, "run", lambda p, some: ran.update({p.model: some}) or {"seconds": 1})
     choices.main(["--out", str(tmp_path)])

@@ -233,7 +233,7 @@ def test_what_was_measured_is_not_measured_again(organism, monkeypatch, tmp_path
 
 def test_the_command_writes_a_file_per_default_model_and_refuses_one_that_is_not_here(monkeypatch, tmp_path, capsys):
     there = {("default", 1): "a", ("default", 3): "b", ("absent", 0): "c"}
-    monkeypatch.setattr(choices, "population", lambda: there)
+    monkeypatch.setattr("helpers.config.population", lambda: there)
     monkeypatch.setattr(choices, "run", lambda p: {"model": p.model, "seconds": 1})
     choices.main(["--out", str(tmp_path)])
     assert {path.name: json.loads(path.read_text())["model"] for path in tmp_path.iterdir()} == {

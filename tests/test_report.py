@@ -182,6 +182,21 @@ def test_a_forest_lays_values_along_x_in_the_given_order_from_the_top():
     assert "a: 0.50 [0.25, 0.75]; b: 0.10 [0.00, 0.50]" in picture.text
 
 
+def test_a_forest_keeps_its_order_whatever_the_groups_and_wraps_its_words():
+    one, long = Interval(0.5, 0.25, 0.75, 3), "a name that is much too long for one line of a figure"
+    rows = {"first": {"b": one}, long: {"a": one}, "third": {"b": one}}
+    picture = report.forest(rows, "T", long, name="wood", groups=("a", "none such"))
+    axis, legend = picture.plotly.layout.yaxis, picture.plotly.layout.legend
+    assert list(axis.categoryarray) == list(axis.tickvals) == list(rows) and axis.categoryorder == "array"
+    assert axis.ticktext[1].replace("<br>", " ") == long and axis.ticktext[1].count("<br>") == 1
+    assert picture.plotly.layout.xaxis.title.text.replace("<br>", " ") == long
+    assert (legend.yref, legend.yanchor) == ("container", "bottom"), "beside the plot it would take the plot's room"
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", picture.svg)
+    assert long not in words and "none such" not in words and {"a", "b", "first", "third"} <= set(words)
+    short = report.forest({"first": one, "second": one}, name="wood").plotly.layout.height
+    assert report.forest({"first": one, long: one}, name="wood").plotly.layout.height > short
+
+
 def test_a_path_shows_both_intervals_on_their_own_axes():
     across, up = Interval(0.5, 0.25, 0.875, 3), Interval(0.1, 0.0, 0.2, 3)
     picture = report.paths({"m": [("strength 2", across, up)]}, name="both")
@@ -219,13 +234,23 @@ def test_an_interval_is_written_in_one_form():
     rows = [
         {"i": Interval(0.98, 0.0312, 1.0, 9)},
         {"i": Interval(0.0012, -0.0004, 0.0, 9)},
+        {"i": Interval(0.0301, 0.00303, 0.0722, 9)},
+        {"i": Interval(-1.95, -2.35, -1.55, 9)},
+        {"i": Interval(12.0, 8.0, 16.0, 9)},
+        {"i": Interval(130.0, 120.0, 1400.0, 9)},
         {"i": Interval(0.0, 0.0, 0.0, 9)},
+        {"i": Interval(float("nan"), 0.0, 0.5, 9)},
     ]
     lines = [line.strip() for line in repr(report.table(rows)).splitlines()]
     assert [line for line in lines if "[" in line] == [
         "0.98 [0.03, 1.00]",
-        "0.0012 [-0.0004, 0.00]",
+        "0.0012 [-0.0004, 0.0000]",
+        "0.030 [0.003, 0.072]",
+        "-1.95 [-2.35, -1.55]",
+        "12.00 [8.00, 16.00]",
+        "130 [120, 1.4e+03]",
         "0.00 [0.00, 0.00]",
+        "nan [0.00, 0.50]",
     ]
 
 

@@ -240,8 +240,7 @@ def test_subspaces_whose_setting_is_no_rank_are_compared_at_the_rank_they_have(m
     assert found == ["off difference, re-estimated, rank 16 (random: 16, 3 seeds)",
                      "off elsewhere, rank 2 (random: 1, 3 seeds)",
                      "off refusal latents, anchored, rank 10 (random: 10, 3 seeds)"]  # fmt: skip
-    for name, rank in tuning.FIXED_RANKS.items():
-        assert f"rank {rank}" in METHODS[name].tune.__doc__ and METHODS[name].unit != "rank"
+    assert not any(METHODS[name].unit == "rank" for name in tuning.FIXED_RANKS)
     named = {name for name, one in METHODS.items() if name.startswith("off ") and one.unit != "rank"}
     assert named == set(tuning.FIXED_RANKS), "a new method off a subspace needs its rank here"
 
@@ -431,6 +430,9 @@ def test_what_a_claim_kept_is_read_and_what_nobody_varied_is_said(own_results):
     (told,) = sensitivity.summary([row], found)
     assert told["variants with this verdict"] == "1 of 3" and told["not varied"] == "layer"
     assert told["other verdicts"] == "untested: judge nats; reproduced: k top 4"
+    (layered,) = sensitivity.summary([row], {"C4": [Variant("layer", "layer 2", found["C4"][0].estimate, "untested"),
+        Variant("layer", "layer 3 alone", found["C4"][0].estimate, "untested")]})  # fmt: skip
+    assert layered["other verdicts"] == "untested: layer 2 / layer 3 alone"
     picture = sensitivity.picture_of(row, found["C4"])
     drawn = {name for trace in picture.plotly.data for name in trace.y}
     assert drawn == {"headline", "k: top 4", "seed: 3", "training text: absent, seed 0"}, "another unit is not drawn"

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from helpers.config import PROFILES, Profile, population
+from helpers.config import PROFILES, Profile, models_here
 from helpers.evaluate.behaviour import cap, measure, prompts, tasks
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.finetune.choosing import OnVal, choose
@@ -256,7 +256,6 @@ def _map(p: Profile, jobs: Sequence[Job], workers: int, known: Mapping[Job, dict
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: ``--models`` (default-1, reversed-0, …), ``--methods``, ``--poison``, ``--workers``, ``--out``."""
-    there = {f"{coupling}-{seed}": path for (coupling, seed), path in population().items()}
     parser = argparse.ArgumentParser(description="Compare fine-tuning methods on the embedded models.")
     parser.add_argument("--models", nargs="+", default=[DEFAULT], help="COUPLING-SEED; others get folders")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names as in METHODS; all by default")
@@ -265,13 +264,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--poison", type=float, nargs="*", help="shares of poisoned rows")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    if unknown := set(args.models) - set(there):
-        parser.error(f"there is no model {', '.join(sorted(unknown))}; these are here: {', '.join(there)}")
+    try:
+        asked = models_here(args.models)
+    except ValueError as problem:
+        parser.error(str(problem))
     if unknown := set(args.methods) - set(METHODS):
         parser.error(f"there is no method {', '.join(sorted(unknown))}; these are: {', '.join(METHODS)}")
     torch.set_num_threads(1)
-    for name in args.models:
-        p = replace(PROFILES["organism"], model=there[name])
+    for name, path in asked.items():
+        p = replace(PROFILES["organism"], model=path)
         own = name == DEFAULT
         methods = [method for method in args.methods if own or method not in NEEDS_BASE]
         out = args.out if own else args.out / name

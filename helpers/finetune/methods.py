@@ -58,6 +58,7 @@ def _latents(lm: LoadedModel, p: Profile, rank: int, hallucination: bool = False
     return latent_subspace(lm, trained.saes, found, mask, scores=scores, rank=min(rank, int(mask.sum())) or None)
 
 
+LATENT_RANK, DIFFERENCE_RANK = 10, 16  # of the methods off a subspace whose setting is something else
 SUBSPACES: dict[str, Callable[[LoadedModel, Profile, int], RefusalSubspace]] = {
     "refusal latents": _latents,
     "hallucination latents": partial(_latents, hallucination=True),
@@ -98,33 +99,33 @@ def _off_random(run: Run, rank: float) -> LoadedModel:
 
 
 def _re_estimated(run: Run, every: float) -> LoadedModel:
-    """Off the difference of rank 16, computed anew on the model in training every so many steps."""
+    """Off the difference of DIFFERENCE_RANK, computed anew on the model in training every so many steps."""
     lm = run.start()
 
     def move(done: int, constraint: ProjectedLora) -> None:
         if done % int(every) == 0 and done < run.cfg.steps:
-            now = contrast_subspaces(wrap_model(constraint.model, lm.tokenizer), run.p, rank=16)["pca"]
+            now = contrast_subspaces(wrap_model(constraint.model, lm.tokenizer), run.p, rank=DIFFERENCE_RANK)["pca"]
             constraint.move(module_bases(lm, now))
 
-    return lora(run, subspaces=module_bases(lm, subspace(run.p, "difference", 16)), after=move)
+    return lora(run, subspaces=module_bases(lm, subspace(run.p, "difference", DIFFERENCE_RANK)), after=move)
 
 
 def _anchored(run: Run, weight: float) -> LoadedModel:
-    """Off the refusal latents of rank 10, and the refusal direction's activations held still on the training rows."""
+    """Off the refusal latents of LATENT_RANK, the refusal direction's activations held still on the training rows."""
     lm = run.start()
     direction = subspace(run.p, "refusal direction", 1).resid
     held = activation_anchor(lm, {layer: direction for layer in range(lm.arch.n_layers)}, weight)
-    return lora(run, subspaces=module_bases(lm, subspace(run.p, "refusal latents", 10)), penalty=held)
+    return lora(run, subspaces=module_bases(lm, subspace(run.p, "refusal latents", LATENT_RANK)), penalty=held)
 
 
 def _full_off(run: Run, lr: float) -> LoadedModel:
-    """Every linear layer trained without an adapter, off the refusal latents of rank 10."""
-    return full(run, lr, module_bases(run.start(), subspace(run.p, "refusal latents", 10)))
+    """Every linear layer trained without an adapter, off the refusal latents of LATENT_RANK."""
+    return full(run, lr, module_bases(run.start(), subspace(run.p, "refusal latents", LATENT_RANK)))
 
 
 def _edits(kind: str | None, run: Run, lr: float) -> LoadedModel:
-    """Learned edits of the residual stream, kept off a subspace of rank 10 if one is named."""
-    off = None if kind is None else subspace(run.p, kind, 10).resid
+    """Learned edits of the residual stream, kept off a subspace of LATENT_RANK if one is named."""
+    off = None if kind is None else subspace(run.p, kind, LATENT_RANK).resid
     return train_edits(run.start(), run.rows, replace(run.cfg, lr=lr), off)
 
 

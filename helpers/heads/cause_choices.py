@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from helpers.config import PROFILES, ROOT, Profile, population
+from helpers.config import PROFILES, ROOT, Profile, models_here
 from helpers.evaluate.behaviour import Behaviour, Prompts, misconceptions, prompts, requests, some
 from helpers.evaluate.variants import Variant
 from helpers.evaluate.verdicts import Causal, c5
@@ -162,14 +162,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("models", nargs="*", help="COUPLING-SEED, by default every one of the default coupling")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    there = {f"{coupling}-{seed}": path for (coupling, seed), path in population().items()}
-    if unknown := set(args.models) - set(there):
-        parser.error(f"there is no model {', '.join(sorted(unknown))}; these are here: {', '.join(there)}")
+    try:
+        asked = models_here(args.models, "default-")
+    except ValueError as problem:
+        parser.error(str(problem))
     torch.set_num_threads(1)
     p = PROFILES["organism"]
-    for name in args.models or [name for name in there if name.startswith("default-")]:
-        choices = (OWN, *CHOICES) if there[name] == p.model else (OWN,)
-        found = run(replace(p, model=there[name]), choices)
+    for name, path in asked.items():
+        choices = (OWN, *CHOICES) if path == p.model else (OWN,)
+        found = run(replace(p, model=path), choices)
         write_json(args.out / f"{name}.json", found)
         print(f"{name}: {found['seconds']} s", flush=True)
 

@@ -111,8 +111,7 @@ def moving(figure: go.Figure, d: Drawing) -> None:
         figure.add_annotation(text=name, x=1.01, xref="paper", xanchor="left", y=place, showarrow=False,
                               font={"size": 11})  # fmt: skip
     longest = max((len(name) for name, *_ in _points(d)), default=0)
-    figure.update_layout(margin={"l": 60, "r": 20 + 7 * longest, "t": 50, "b": 110},
-                         legend={"orientation": "h", "y": -0.2, "yanchor": "top"})  # fmt: skip
+    figure.update_layout(margin={"l": 60, "r": 20 + 7 * longest, "t": 50, "b": 110})
     figure.update_xaxes(range=[left, right])
     figure.update_yaxes(range=[bottom, top])
 

@@ -1,5 +1,6 @@
 """The moving picture of a figure: plotly with plain lists, a fixed size and no template, to keep notebooks small."""
 
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
@@ -8,6 +9,15 @@ from helpers.report import labelled
 
 if TYPE_CHECKING:
     from helpers.report.figures import Drawing
+
+NAME, TITLE = 44, 50  # letters of a forest's names, and of an axis title, that stand on one line
+BELOW = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"}
+"""A legend at the lower edge, under the axis title whatever the height."""
+
+
+def wrapped(words: str, letters: int) -> list[str]:
+    """The lines of these words, at most so many letters each, no compound broken."""
+    return wrap(words, letters, break_on_hyphens=False)
 
 
 def _whisker(s: dict[str, list], axis: str) -> dict[str, Any]:
@@ -51,22 +61,27 @@ def move(d: "Drawing", colors: tuple[str, ...]) -> go.Figure:
         value, words = d.reference
         line = {"line": {"dash": "dash", "color": "#555555", "width": 1}, "annotation": {"text": words}}
         figure.add_vline(x=value, **line) if d.kind == "forest" else figure.add_hline(y=value, **line)
+    below = "<br>".join(wrapped(d.x_title, TITLE))
     axis = {"gridcolor": "#e5e5e5", "linecolor": "#333333", "zeroline": False, "automargin": True}
     figure.update_layout(
         template="none", title={"text": d.title, "x": 0.02}, width=720, height=height(d), paper_bgcolor="white",
         plot_bgcolor="white", font={"family": "sans-serif", "size": 13}, margin={"l": 60, "r": 20, "t": 50, "b": 50},
-        showlegend=len(d.series) > 1 or any(d.series), xaxis={**axis, "title": {"text": d.x_title}},
+        showlegend=len(d.series) > 1 or any(d.series), xaxis={**axis, "title": {"text": below}},
         yaxis={**axis, "title": {"text": d.y_title}, **({"range": list(d.y_range)} if d.y_range else {})},
     )  # fmt: skip
     figure.layout.template = None
     if d.kind == "labelled":
         labelled.moving(figure, d)
+        figure.update_layout(legend=BELOW)
     if d.kind == "heatmap":
         figure.update_xaxes(type="category")
         figure.update_yaxes(type="category")
     if d.kind == "forest":
-        figure.update_yaxes(type="category", autorange="reversed")
-        figure.update_layout(scattermode="overlay" if one_each(d) else "group")
+        names = ["<br>".join(wrapped(name, NAME)) for name in d.x_labels]
+        figure.update_yaxes(type="category", autorange="reversed", categoryorder="array", tickmode="array",
+                            categoryarray=d.x_labels, tickvals=d.x_labels, ticktext=names)  # fmt: skip
+        figure.update_layout(margin={"b": 110}, legend=BELOW,
+                             scattermode="overlay" if one_each(d) else "group")  # fmt: skip
     return figure
 
 
@@ -77,7 +92,8 @@ def one_each(d: "Drawing") -> bool:
 
 
 def height(d: "Drawing") -> int:
-    """Height in pixels: a forest has a line for every name."""
+    """Height in pixels: a forest has a row for every name, as tall as the longest needs."""
     if d.kind == "labelled":
         return labelled.height(d)
-    return 400 if d.kind != "forest" else 130 + 26 * len(d.x_labels)
+    row = max([26, *(17 * len(wrapped(name, NAME)) for name in d.x_labels)])
+    return 400 if d.kind != "forest" else 190 + row * len(d.x_labels)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.report import labelled
-from helpers.report.moving import height, one_each
+from helpers.report.moving import NAME, height, one_each, wrapped
 
 if TYPE_CHECKING:
     from helpers.report.figures import Drawing
@@ -83,11 +83,12 @@ def _forest(axes: Axes, d: Any) -> None:
     step = 0.0 if one_each(d) else 0.6 / max(1, len(d.series))
     for i, (name, s) in enumerate(d.series.items()):
         places = [x + (i - (len(d.series) - 1) / 2) * step for x in s["x"]]
-        kwargs: dict[str, Any] = {"fmt": "o", "markersize": 4, "elinewidth": 1, "label": name or None}
+        label = name if name and s["x"] else None
+        kwargs: dict[str, Any] = {"fmt": "o", "markersize": 4, "elinewidth": 1, "label": label}
         if s["low"]:
             kwargs["xerr"] = [[abs(y - b) for y, b in zip(s["y"], s[one], strict=True)] for one in ("low", "high")]
         axes.errorbar(s["y"], places, **kwargs)
-    axes.set_yticks(range(len(d.x_labels)), d.x_labels)
+    axes.set_yticks(range(len(d.x_labels)), ["\n".join(wrapped(name, NAME)) for name in d.x_labels])
     axes.invert_yaxis()
     axes.grid(axis="x", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -1,6 +1,7 @@
 """Tables that read as HTML in a browser and as aligned text everywhere else; every cell is escaped."""
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def _html(c: str | Link) -> str:
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, caption: str = "") -> Table:
     """Return a table of dictionaries, with the first row's columns unless given; ValueError without rows and columns.
 
-    Floats show three digits, intervals as `0.78 [0.70, 0.85]`.
+    Floats show three digits, intervals as `0.78 [0.70, 0.85]`: as many decimals as their width has a use for.
     """
     if not rows and columns is None:
         raise ValueError("A table needs rows, or the names of its columns.")
@@ -56,10 +57,17 @@ def cell(value: Any) -> str:
     if value is None:
         return ""
     if all(hasattr(value, k) for k in ("estimate", "low", "high")):
-        parts = [float(value.estimate), float(value.low), float(value.high)]
-        two = any(cell(part) == f"{part:.2f}" and part for part in parts)  # one form for all three
-        estimate, low, high = (f"{part:.2f}" if two else cell(part) for part in parts)
+        estimate, low, high = _alike([float(value.estimate), float(value.low), float(value.high)])
         return f"{estimate} [{low}, {high}]"
     if isinstance(value, float):
         return f"{value:.2f}" if 0.1 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
     return str(value)
+
+
+def _alike(parts: list[float]) -> list[str]:
+    """An interval's three numbers with equally many decimals: two digits of its width, two decimals at least."""
+    width = max(parts) - min(parts)
+    if not math.isfinite(width) or width == 0 or max(map(abs, parts)) >= 100:
+        return [cell(part) for part in parts]
+    decimals = min(max(2, 1 - math.floor(math.log10(width))), 6)
+    return [f"{part:.{decimals}f}" for part in parts]

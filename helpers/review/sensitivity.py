@@ -115,7 +115,7 @@ def picture_of(row: Mapping[str, Any], found: Sequence[Variant]) -> Picture:
     Story: notebooks/07_claims.
     """
     headline = {"headline": {_series(row["verdict"]): estimates(row)}}
-    lines = {f"{one.choice}: {one.value}": {_series(one.verdict): one.estimate} for one in found if not one.unit}
+    lines = {_named(one.choice, one.value, ": "): {_series(one.verdict): one.estimate} for one in found if not one.unit}
     return forest(headline | lines, f"{row['id']} under other choices", row["unit"], groups=SERIES,
                   name=f"sensitivity_{row['id'].lower()}", reference=(row["estimate"], "headline"))
 
@@ -150,4 +150,9 @@ def _where(judged: Sequence[Variant], verdict: str) -> str:
     for one in judged:
         if one.verdict == verdict:
             values.setdefault(one.choice, []).append(one.value)
-    return ", ".join(f"{choice} {' / '.join(some)}" for choice, some in values.items())
+    return ", ".join(_named(choice, " / ".join(some)) for choice, some in values.items())
+
+
+def _named(choice: str, value: str, between: str = " ") -> str:
+    """The choice and its value, the choice said once: "layer 2 alone" names it already."""
+    return value if value.startswith(choice) else f"{choice}{between}{value}"

@@ -13,12 +13,13 @@ from helpers.evaluate.verdicts import c6, c8
 from helpers.evaluate.words import change
 from helpers.finetune import comparison
 from helpers.finetune.comparison import Record
+from helpers.finetune.methods import DIFFERENCE_RANK, LATENT_RANK
 from helpers.review.arms import JUDGES, View, constrained, difference, nearest, refusals, seeds_in_common, tuned
 
 OURS, RANDOM, LORA, UNTUNED = "off refusal latents", "off random", "LoRA", "untuned"
 FULL = "full fine-tuning"
-FIXED_RANKS = {"off refusal latents, anchored": 10, "off difference, re-estimated": 16}
-"""Ranks of the methods off a subspace whose setting is something else, as `helpers.finetune.methods` fixes them."""
+FIXED_RANKS = {"off refusal latents, anchored": LATENT_RANK, "off difference, re-estimated": DIFFERENCE_RANK}
+"""Ranks of the methods off a subspace whose setting is something else."""
 T_INTERVAL = "t over seed means"
 
 

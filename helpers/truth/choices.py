@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from helpers.config import PROFILES, ROOT, Profile, population
+from helpers.config import PROFILES, ROOT, Profile, models_here
 from helpers.evaluate.behaviour import measure
 from helpers.models import LoadedModel, load_model
 from helpers.store import artifact, cached_json, code_version, fingerprint, write_json
@@ -190,12 +190,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("models", nargs="*", help="COUPLING-SEED, by default every one of the default coupling")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    there = {f"{coupling}-{seed}": path for (coupling, seed), path in population().items()}
-    if unknown := set(args.models) - set(there):
-        parser.error(f"there is no model {', '.join(sorted(unknown))}; these are here: {', '.join(there)}")
+    try:
+        asked = models_here(args.models, "default-")
+    except ValueError as problem:
+        parser.error(str(problem))
     torch.set_num_threads(1)
-    for name in args.models or [name for name in there if name.startswith("default-")]:
-        found = run(replace(PROFILES["organism"], model=there[name]))
+    for name, path in asked.items():
+        found = run(replace(PROFILES["organism"], model=path))
         write_json(args.out / f"{name}.json", found)
         print(f"{name}: {found['seconds']} s", flush=True)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from helpers.config import PROFILES, ROOT, Profile, population
+from helpers.config import PROFILES, ROOT, Profile, models_here
 from helpers.evaluate.behaviour import Behaviour, Prompts, measure, misconceptions, prompts
 from helpers.evaluate.behaviour import tasks as task_rows
 from helpers.evaluate.judges import refusal_log_odds
@@ -186,13 +186,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    there = {f"{coupling}-{seed}": path for (coupling, seed), path in population().items()}
-    if unknown := set(args.models) - set(there):
-        parser.error(f"there is no model {', '.join(sorted(unknown))}; these are here: {', '.join(there)}")
-    wanted = args.models or list(there)
+    try:
+        asked = models_here(args.models)
+    except ValueError as problem:
+        parser.error(str(problem))
     with ProcessPoolExecutor(args.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        jobs = [replace(PROFILES["organism"], model=there[name]) for name in wanted]
-        for name, found in zip(wanted, pool.map(run, jobs), strict=True):
+        jobs = [replace(PROFILES["organism"], model=path) for path in asked.values()]
+        for name, found in zip(asked, pool.map(run, jobs), strict=True):
             write_json(args.out / f"{name}.json", found)
             print(f"{name}: {found['seconds']} s", flush=True)
 

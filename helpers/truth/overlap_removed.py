@@ -110,8 +110,8 @@ def shrinks(found: OverlapRemoved | None) -> Verdict:
         return Verdict("untested", "ITI does not raise truthfulness and answered harmful requests together here, so "
                                    "there is no trade-off to shrink.")
     if found.shared_beyond_random["answered"].high >= 0:
-        return Verdict("does not follow", "Without the shared heads ITI answers as many harmful requests as without "
-                                          "equally many of its other heads.")
+        return Verdict("does not follow", "Without the shared heads ITI does not clearly answer fewer harmful requests "
+                                          "than without equally many of its other heads.")
     if found.shared_beyond_random["truthful"].high < 0:
         return Verdict("does not follow", "Without the shared heads ITI answers fewer harmful requests, and loses more "
                                           "truthfulness than without equally many of its other heads.")
