@@ -26,9 +26,9 @@ from helpers.config import PROFILES, Profile, models_here
 from helpers.evaluate.behaviour import cap, measure, prompts, tasks
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.finetune.choosing import OnVal, choose
-from helpers.finetune.comparison import N_TASKS, RESULTS, Arm, shares
+from helpers.finetune.comparison import N_TASKS, RESULTS, VARIED, Arm, shares
 from helpers.finetune.drift import drift
-from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED
+from helpers.finetune.methods import EVERY, LORA, METHODS, PAPER, RANDOM, UNTUNED, VARIANTS
 from helpers.finetune.runs import Run, update_norm
 from helpers.finetune.train import TrainConfig
 from helpers.models import LoadedModel
@@ -73,7 +73,7 @@ def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         began = time.perf_counter()
-        base, lm = training.start(), METHODS[job.method].tune(training, job.setting)
+        base, lm = training.start(), EVERY[job.method].tune(training, job.setting)
         harmful = asked["test"][0].harmful
         odds = refusal_log_odds(lm, [row["prompt"] for row in harmful], sorted({row["refusal"] for row in harmful}))
         found = {"norm": round(update_norm(lm, base), 5), "nats": [round(x, 1) for x in odds.tolist()]}
@@ -209,6 +209,23 @@ def compare(
             work(missing)
 
 
+def vary(p: Profile, out: Path = RESULTS / VARIED, workers: int = 1) -> None:
+    """Train the other choices of C6 and C8 (VARIANTS), each setting with every seed, into files in `out`; nothing is
+    chosen among them. It goes on where it was interrupted. Story: notebooks/07_claims.
+    """
+    jobs = {one: [Job(one.name, setting, 0.0, seed) for setting in one.grid for seed in p.finetune.seeds]
+            for one in VARIANTS.values()}  # fmt: skip
+    progress = Progress(sum(map(len, jobs.values())))
+    with one_sentence():
+        for method, some in jobs.items():
+            arms = []
+            for job, found in zip(some, _map(p, some, workers, {}), strict=True):
+                arms.append(found)
+                progress.step(job)
+            head = {"method": method.name, "unit": method.unit, "grid": method.grid, "chosen": None, "on_val": {}}
+            write_json(out / f"{method.slug}.json", about(p) | head | {"arms": arms})
+
+
 def source_of(p: Profile) -> dict[str, Any]:
     """Where a profile's prompts are from, and at most how many of each set are asked."""
     return {"source": p.data, "n_prompts": cap(p)}
@@ -262,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="take the arms that are in the files already")
     parser.add_argument("--poison", type=float, nargs="*", help="shares of poisoned rows")
+    parser.add_argument("--variants", action="store_true", help="other choices of C6 and C8 instead")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     try:
@@ -277,6 +295,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         methods = [method for method in args.methods if own or method not in NEEDS_BASE]
         out = args.out if own else args.out / name
         with said_by(parser):
+            if args.variants:
+                vary(p, out / VARIED, args.workers)
+                continue
             compare(p, methods, out, args.workers, args.keep, args.poison, sweep=own)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from helpers.config import Profile
 from helpers.finetune.activation_edits import train_edits
+from helpers.finetune.adapters import linear_layers
 from helpers.finetune.anchors import activation_anchor, answer_kl, prompt_kl
 from helpers.finetune.mixes import harmful_rows, replayed
 from helpers.finetune.projected_lora import ProjectedLora
@@ -51,13 +52,19 @@ class Method:
         return self.name.lower().replace(",", "").replace(" ", "-")
 
 
-def _latents(lm: LoadedModel, p: Profile, rank: int, hallucination: bool = False) -> RefusalSubspace:
+def _latents(
+    lm: LoadedModel, p: Profile, rank: int, hallucination: bool = False, chance: int | None = None
+) -> RefusalSubspace:
+    """Of the refusal-specific latents, the hallucination-only ones, or as many drawn with a seed instead of the first.
+    """
     trained = train_saes(lm, p)
     found = select_latents(lm, trained, p)
     mask, scores = (found.hallucination_only, found.truth_scores) if hallucination else (found.specific, None)
+    mask = mask if chance is None else found.chance(mask, chance)
     return latent_subspace(lm, trained.saes, found, mask, scores=scores, rank=min(rank, int(mask.sum())) or None)
 
 
+LOWER, UPPER = "lower", "upper"
 LATENT_RANK, DIFFERENCE_RANK = 10, 16  # of the methods off a subspace whose setting is something else
 SUBSPACES: dict[str, Callable[[LoadedModel, Profile, int], RefusalSubspace]] = {
     "refusal latents": _latents,
@@ -85,17 +92,45 @@ def subspace(p: Profile, kind: str, rank: int) -> RefusalSubspace:
     return RefusalSubspace.load(artifact("subspaces", key, make) / "subspace.safetensors")
 
 
-def _off(kind: str) -> Callable[[Run, float], LoadedModel]:
+def _layers(lm: LoadedModel, half: str) -> range:
+    """The lower or the upper half of the layers; all for ""."""
+    n = lm.arch.n_layers
+    return {"": range(n), LOWER: range(n // 2), UPPER: range(n // 2, n)}[half]
+
+
+def _off(kind: str, half: str = "") -> Callable[[Run, float], LoadedModel]:
     def tune(run: Run, rank: float) -> LoadedModel:
-        return lora(run, subspaces=module_bases(run.start(), subspace(run.p, kind, int(rank))))
+        lm = run.start()
+        return lora(run, subspaces=module_bases(lm, subspace(run.p, kind, int(rank)), layers=_layers(lm, half)))
 
     return tune
 
 
-def _off_random(run: Run, rank: float) -> LoadedModel:
+def _off_random(run: Run, rank: float, half: str = "") -> LoadedModel:
     lm = run.start()
     drawn = RefusalSubspace(random_subspace(lm.arch.d_model, int(rank), seed=run.seed), method="random")
-    return lora(run, subspaces=module_bases(lm, drawn))
+    return lora(run, subspaces=module_bases(lm, drawn, layers=_layers(lm, half)))
+
+
+def _off_random_latents(run: Run, rank: float) -> LoadedModel:
+    """Off what as many latents as the refusal-specific ones write, drawn by the run's seed: SAEs without selection."""
+    lm = run.start()
+    return lora(run, subspaces=module_bases(lm, _latents(lm, run.p, int(rank), chance=run.seed)))
+
+
+def _lora_of_rank(run: Run, rank: float) -> LoadedModel:
+    """Plain LoRA of another rank, alpha twice the rank as ever."""
+    return lora(replace(run, p=replace(run.p, finetune=replace(run.p.finetune, rank=int(rank)))), subspaces={})
+
+
+def _lora_in(half: str) -> Callable[[Run, float], LoadedModel]:
+    def tune(run: Run, _: float) -> LoadedModel:
+        lm = run.start()
+        inside = {one for layer in _layers(lm, half) for part in (lm.arch.attn(layer), lm.arch.mlp(layer))
+                  for one in part.modules()}  # fmt: skip
+        return lora(run, only=[name for name, layer in linear_layers(lm.model).items() if layer in inside])
+
+    return tune
 
 
 def _re_estimated(run: Run, every: float) -> LoadedModel:
@@ -154,6 +189,7 @@ def _safe_lora(turn: bool) -> Callable[[Run, float], LoadedModel]:
 
 LOOKED_AT = ("default-0", "default-1", "default-2")
 UNTUNED, LORA, PAPER, RANDOM = "untuned", "LoRA", "off refusal latents", "off random"
+RANDOM_LATENTS = "off random latents"
 RANKS, EDIT_RATES = (4, 16, 48), (1e-3, 3e-3, 1e-2)
 METHODS = {
     method.name: method
@@ -168,6 +204,7 @@ METHODS = {
         Method("SafeLoRA, shrunk only", "share of layers", (1 / 3, 2 / 3, 1.0), _safe_lora(turn=False)),
         Method(PAPER, "rank", (4, 10, 16), _off("refusal latents")),
         Method(RANDOM, "rank", RANKS, _off_random),
+        Method(RANDOM_LATENTS, "rank", (LATENT_RANK,), _off_random_latents),
         Method("replay", "share of rows", (0.01, 0.05, 0.1),
                lambda run, share: lora(run, rows=replayed(run.rows, share, run.seed, run.p.data, run.held))),
         Method("KL", "weight", (0.1, 1.0, 10.0), _kl(prompt_kl)),
@@ -187,3 +224,17 @@ METHODS = {
 }  # fmt: skip
 """All methods by name, in the order in which the comparison runs them. Grids [own], fixed before any was trained with a
 seed of the comparison; that of KL on whole answers after a look at val prompts of LOOKED_AT with two other seeds."""
+
+VARIANTS = {
+    method.name: method
+    for method in (
+        Method("LoRA of another rank", "rank", (2, 32), _lora_of_rank),
+        *(Method(f"LoRA, {half} half of the layers", "", (1,), _lora_in(half)) for half in (LOWER, UPPER)),
+        *(Method(f"{PAPER}, {half} half of the layers", "rank", (LATENT_RANK,), _off("refusal latents", half))
+          for half in (LOWER, UPPER)),
+        *(Method(f"{RANDOM}, {half} half of the layers", "rank", (LATENT_RANK,), partial(_off_random, half=half))
+          for half in (LOWER, UPPER)),
+    )
+}  # fmt: skip
+"""Other choices of C6 and C8 that nothing is chosen among; they stand beside the verdicts in notebook 07 alone."""
+EVERY = METHODS | VARIANTS

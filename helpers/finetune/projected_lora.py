@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +24,22 @@ from helpers.finetune.subspace import ModuleBasis
 from helpers.models import LoadedModel
 
 
-def add_lora(lm: LoadedModel, *, rank: int, alpha: float, seed: int) -> PeftModel:
-    """Wrap lm.model in plain peft LoRA on all linear layers: A random (by seed), B zero, float32; changes lm.model.
+def add_lora(
+    lm: LoadedModel, *, rank: int, alpha: float, seed: int, only: Collection[str] | None = None
+) -> PeftModel:
+    """Wrap lm.model in plain peft LoRA on all linear layers (or `only` those of these full names): A random (by seed),
+    B zero, float32; changes lm.model.
 
-    Raises ValueError when the rank is not below the width of every layer, or the model already carries an adapter.
+    Raises ValueError when the rank is not below the width of every layer, a name is of none, or the model already
+    carries an adapter.
     """
     if any(".lora_A." in name for name, _ in lm.model.named_parameters()):
         raise ValueError("The model already carries an adapter: load a fresh copy, or merge the adapter first.")
     layers = linear_layers(lm.model)
+    if only is not None:
+        if not only or (unknown := sorted(set(only) - set(layers))):
+            raise ValueError(f"LoRA needs linear layers of the model, and {unknown[0] if only else 'no name'} is none.")
+        layers = {name: layers[name] for name in only}
     width = min(min(layer.weight.shape) for layer in layers.values())
     if not 0 < rank < width:
         raise ValueError(f"LoRA rank {rank} does not fit layers of width {width}: choose a rank from 1 to {width - 1}.")

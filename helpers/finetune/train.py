@@ -11,7 +11,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -217,16 +217,17 @@ def train(
     after: Callable[[int, ProjectedLora], None] | None = None,
     checkpoint: Path | None = None,
     every: int = 50,
+    only: Collection[str] | None = None,
 ) -> Path:
     """Fine-tune lm.model in place (it becomes a peft model); write adapter and train.json (losses, tokens, s) to `out`.
 
     `penalty` is added to the loss; `after(steps done, constraint)` is called after every step, to look or to move the
     constraint. With `checkpoint` (a safetensors file) an interrupted run goes on from the last multiple of `every`
-    steps and ends bit-equal. Raises ValueError for bad rows, ranks or subspaces, and NotFinite when the loss or its
-    gradient is, keeping the last good adapter.
+    steps and ends bit-equal. Adapters go on all linear layers, or `only` on these. Raises ValueError for bad rows,
+    ranks, layers or subspaces, and NotFinite when the loss or its gradient is, keeping the last good adapter.
     """
     encoded = encode(lm, rows)
-    model = add_lora(lm, rank=cfg.rank, alpha=cfg.alpha, seed=cfg.seed)
+    model = add_lora(lm, rank=cfg.rank, alpha=cfg.alpha, seed=cfg.seed, only=only)
     constraint = ProjectedLora(model, subspaces, variant)
     given = {"penalty": penalty, "after": after, "checkpoint": checkpoint, "every": every}
     try:

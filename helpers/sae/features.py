@@ -118,6 +118,20 @@ class Selection:
         """Hallucination-related and not refusal-related."""
         return self.hallucination & ~self.refusal
 
+    def chance(self, mask: Bool[np.ndarray, " d"], seed: int) -> Bool[np.ndarray, " d"]:
+        """As many latents of each layer as `mask` has, drawn among those of neither kind that move refusal at all: what
+        the same autoencoders give without the selection. ValueError where a layer has too few.
+        """
+        rng, found = np.random.default_rng(seed), np.zeros_like(mask)
+        free = ~self.refusal & ~self.hallucination & ~mask & (self.refusal_scores.attribution != 0)
+        ends = np.cumsum([0, *self.widths.values()])
+        for layer, start, end in zip(self.widths, ends, ends[1:], strict=False):
+            pool, n = start + np.flatnonzero(free[start:end]), int(mask[start:end].sum())
+            if n > len(pool):
+                raise ValueError(f"Layer {layer} has {len(pool)} latents of neither kind, too few to draw {n} from.")
+            found[rng.choice(pool, n, replace=False)] = True
+        return found
+
     def counts(self) -> dict[str, int]:
         """How many latents are of each kind."""
         return count_kinds(self.refusal, self.hallucination)
