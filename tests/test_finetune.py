@@ -187,6 +187,17 @@ def test_no_optimizer_takes_the_saved_update_into_the_subspace(tiny_folders, tmp
         assert delta.norm() > 0
 
 
+def test_lora_goes_on_the_named_layers_alone_and_says_which_name_is_none(tiny_folders):
+    names = ["model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
+    model = add_lora(load_model(tiny_folders["llama"]), rank=3, alpha=6.0, seed=0, only=names)
+    held = {name.partition(".lora_")[0].removeprefix("base_model.model.")
+            for name, p in model.named_parameters() if p.requires_grad}  # fmt: skip
+    assert held == set(names)
+    for bad, words in ((["model.layers.0"], "model.layers.0 is none"), ([], "no name is none")):
+        with pytest.raises(ValueError, match=words):
+            add_lora(load_model(tiny_folders["llama"]), rank=3, alpha=6.0, seed=0, only=bad)
+
+
 def test_saving_projects_once_more(tiny_folders, tmp_path):
     lm = load_model(tiny_folders["llama"])
     constraint = ProjectedLora(add_lora(lm, rank=3, alpha=6.0, seed=0), constraints(lm))

@@ -13,6 +13,7 @@ from helpers.evaluate.behaviour import Prompts, measure, prompts, tasks
 from helpers.finetune import closer
 from helpers.finetune import compare as c
 from helpers.finetune import comparison as k
+from helpers.finetune import jobs as j
 from helpers.finetune.drift import drift
 from helpers.finetune.methods import LORA, UNTUNED, Method
 from helpers.models import load_model
@@ -57,7 +58,7 @@ def fakes(monkeypatch, tmp_path):
         ran.append(job)
         return fake_arm(job, *level[job.method, job.setting])
 
-    monkeypatch.setattr(c, "run_job", run_job)
+    monkeypatch.setattr(j, "run_job", run_job)
     return ran
 
 
@@ -66,7 +67,7 @@ def test_the_plan_chooses_at_seed_zero_then_runs_seeds_and_poison_at_the_chosen_
     ours = [(job.setting, job.poison, job.seed) for job in fakes if job.method == "ours"]
     assert ours == [(4, 0, 0), (16, 0, 0), (48, 0, 0), *[(16, 0, s) for s in (1, 2, 3, 4)],
                     *[(16, 0.1, s) for s in (0, 1, 2)]]  # fmt: skip
-    assert [job for job in fakes if job.method == UNTUNED] == [c.Job(UNTUNED, 0)]
+    assert [job for job in fakes if job.method == UNTUNED] == [j.Job(UNTUNED, 0)]
     assert len([job for job in fakes if job.method == LORA]) == 8
     found = k.load(tmp_path / "out")
     assert found["ours"].chosen == 16 and set(found) == {UNTUNED, LORA, "ours"}
@@ -81,7 +82,7 @@ def test_random_subspaces_are_run_at_the_rank_of_the_papers_method_too(fakes, tm
     level = {(UNTUNED, 0): (0.8, 0.5), (LORA, 1): (0.4, 0.8), (c.PAPER, 4): (0.3, 0.8), (c.PAPER, 10): (0.7, 0.8),
              (c.RANDOM, 4): (0.3, 0.8), (c.RANDOM, 16): (0.5, 0.8), (c.RANDOM, 10): (0.4, 0.8)}  # fmt: skip
     made = lambda job: fake_arm(job, *level[job.method, job.setting])  # noqa: E731
-    monkeypatch.setattr(c, "run_job", lambda p, job: fakes.append(job) or made(job))
+    monkeypatch.setattr(j, "run_job", lambda p, job: fakes.append(job) or made(job))
     c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path)
     ran = {(name, at): [(j.poison, j.seed) for j in fakes if (j.method, j.setting) == (name, at)]
            for name in (c.PAPER, c.RANDOM) for at in (4, 10, 16)}  # fmt: skip
@@ -106,7 +107,7 @@ def test_further_poison_shares_are_run_beside_those_in_the_files(fakes, tmp_path
     before = json.loads((out / "ours.json").read_text())["arms"]
     fakes.clear()
     c.compare(p, ["ours"], out, keep=True, poison=(0.05, 0.2))
-    assert fakes == [c.Job(name, s, share, seed) for name, s in ((LORA, 1), ("ours", 16))
+    assert fakes == [j.Job(name, s, share, seed) for name, s in ((LORA, 1), ("ours", 16))
                      for share in (0.05, 0.2) for seed in (0, 1, 2)]  # fmt: skip
     found = k.load(out)["ours"]
     after = json.loads((out / "ours.json").read_text())["arms"]
@@ -147,7 +148,7 @@ def test_the_command_line_passes_the_poison_shares_on(monkeypatch, tmp_path):
 
 
 def test_test_prompts_choose_nothing(fakes, tmp_path, monkeypatch):
-    whole = c.run_job
+    whole = j.run_job
 
     def flipped(p, job):
         arm = whole(p, job)
@@ -155,33 +156,33 @@ def test_test_prompts_choose_nothing(fakes, tmp_path, monkeypatch):
         return arm
 
     c.compare(profile("organism"), ["ours"], tmp_path / "a")
-    monkeypatch.setattr(c, "run_job", flipped)
+    monkeypatch.setattr(j, "run_job", flipped)
     c.compare(profile("organism"), ["ours"], tmp_path / "b")
     a, b = (json.loads((tmp_path / n / "ours.json").read_text()) for n in "ab")
     assert a["chosen"] == b["chosen"] and a["on_val"] == b["on_val"]
 
 
 def test_a_run_that_was_killed_keeps_its_arms_and_goes_on_with_those_that_are_missing(fakes, tmp_path, monkeypatch):
-    whole, out = c.run_job, tmp_path / "out"
+    whole, out = j.run_job, tmp_path / "out"
 
     def killed(p, job):
-        if job == c.Job("ours", 48):
+        if job == j.Job("ours", 48):
             raise KeyboardInterrupt
         return whole(p, job)
 
-    monkeypatch.setattr(c, "run_job", killed)
+    monkeypatch.setattr(j, "run_job", killed)
     with pytest.raises(SystemExit, match="Interrupted: give the same command again"):
         c.compare(profile("organism"), ["ours"], out)
     before = list(fakes)
     assert len(json.loads((out / "ours.json").read_text())["arms"]) == 2
-    monkeypatch.setattr(c, "run_job", whole)
+    monkeypatch.setattr(j, "run_job", whole)
     c.compare(profile("organism"), ["ours"], out, keep=True)
     again = fakes[len(before) :]
-    assert not set(before) & set(again) and c.Job("ours", 48) in again
+    assert not set(before) & set(again) and j.Job("ours", 48) in again
     assert len(json.loads((out / "ours.json").read_text())["arms"]) == 10
     fakes.clear()
     c.compare(replace(profile("organism"), model="data/organism/helpful"), ["ours"], out, keep=True)
-    assert c.Job("ours", 4) in fakes  # another model's arms are not taken
+    assert j.Job("ours", 4) in fakes  # another model's arms are not taken
 
 
 def test_a_full_disk_is_one_sentence_and_other_errors_stay_themselves(fakes, tmp_path, monkeypatch):
@@ -196,6 +197,30 @@ def test_a_full_disk_is_one_sentence_and_other_errors_stay_themselves(fakes, tmp
         c.compare(profile("organism"), ["ours"], tmp_path / "out")
 
 
+def test_variants_are_trained_with_every_seed_and_nothing_is_chosen_among_them(fakes, tmp_path, monkeypatch):
+    monkeypatch.setattr(j, "run_job", lambda p, job: fakes.append(job) or fake_arm(job))
+    c.vary(profile("organism"), tmp_path)
+    wanted = [(one.name, setting, seed) for one in c.VARIANTS.values() for setting in one.grid for seed in range(5)]
+    assert sorted((job.method, job.setting, job.seed) for job in fakes) == sorted(wanted)
+    assert all(job.poison == 0 for job in fakes)
+    found = k.load(tmp_path)
+    assert set(found) == set(c.VARIANTS)
+    for name, record in found.items():
+        assert record.chosen is None and record.grid == c.VARIANTS[name].grid
+        assert all(record.at(setting).matrix("refused").shape[0] == 5 for setting in record.grid)
+
+
+def test_variants_lie_beside_the_comparison_and_are_no_part_of_it(fakes, tmp_path, monkeypatch, capsys):
+    assert k.varied(tmp_path) == {}
+    monkeypatch.setattr(c, "vary", lambda p, out, workers: fakes.append((out, workers)))
+    monkeypatch.setattr(c, "compare", None)
+    c.main(["--variants", "--out", str(tmp_path), "--workers", "2"])
+    assert fakes == [(tmp_path / k.VARIED, 2)]
+    monkeypatch.setattr(j, "run_job", lambda p, job: fake_arm(job))
+    monkeypatch.undo()
+    assert not set(k.load()) & set(c.VARIANTS) and set(k.varied()) == set(c.VARIANTS)
+
+
 def test_unknown_methods_and_models_are_named(fakes, tmp_path, capsys):
     with pytest.raises(ValueError, match="no method 'prayer'; the methods are untuned, LoRA, ours"):
         c.compare(profile("organism"), ["prayer"], tmp_path)
@@ -207,11 +232,11 @@ def test_unknown_methods_and_models_are_named(fakes, tmp_path, capsys):
 
 def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):
     now = iter((0.0, 0.1, 60.1, 180.1))
-    monkeypatch.setattr(c.time, "perf_counter", lambda: next(now))
-    progress = c.Progress(5)
-    progress.step(c.Job("read", 4))
-    progress.step(c.Job("ours", 4))
-    progress.step(c.Job("ours", 4, 0.1, 2))
+    monkeypatch.setattr(j.time, "perf_counter", lambda: next(now))
+    progress = j.Progress(5)
+    progress.step(j.Job("read", 4))
+    progress.step(j.Job("ours", 4))
+    progress.step(j.Job("ours", 4, 0.1, 2))
     read, first, second = capsys.readouterr().out.splitlines()
     assert read.startswith("1/5 read at 4")
     assert first == "2/5 ours at 4, seed 0; about 3 minutes left"
@@ -221,29 +246,29 @@ def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):
 def test_an_arm_holds_what_its_model_does_on_the_prompts(monkeypatch, tmp_path):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
     few = lambda split, n, source: Prompts(*(rows[:3] for rows in vars(prompts(split)).values()))  # noqa: E731
-    monkeypatch.setattr(c, "prompts", few)
-    monkeypatch.setattr(c, "N_TASKS", 1)
-    monkeypatch.setattr(c, "drift", lambda *args: {"angles": []})
+    monkeypatch.setattr(j, "prompts", few)
+    monkeypatch.setattr(j, "N_TASKS", 1)
+    monkeypatch.setattr(j, "drift", lambda *args: {"angles": []})
     p = profile("organism")
     lm = load_model(p.model, device="cpu", dtype="float32")
-    found = c.run_job(p, c.Job(UNTUNED, 0))
+    found = j.run_job(p, j.Job(UNTUNED, 0))
     for split in ("val", "test"):
         did = measure(lm, few(split, None, None), tasks=tasks(split, 1), max_new_tokens=32)
         assert found["bits"][split] == dial.bits(did)
     assert found["norm"] == 0 and len(found["nats"]) == 3 and found["drift"] == {"angles": []}
-    assert set(c.run_job(p, c.Job(UNTUNED, 0, 0.0, 1))["bits"]) == {"test"}
+    assert set(j.run_job(p, j.Job(UNTUNED, 0, 0.0, 1))["bits"]) == {"test"}
 
 
 # ---- reading
 
 
 def record(name, levels, chosen=1.0, poison=0.0):
-    arms = [k.Arm.of(fake_arm(c.Job(name, chosen, poison, s), *level)) for s, level in enumerate(levels)]
+    arms = [k.Arm.of(fake_arm(j.Job(name, chosen, poison, s), *level)) for s, level in enumerate(levels)]
     return k.Record(name, "rank", (chosen,), chosen, {}, tuple(arms))
 
 
 def test_measures_take_the_right_prompts():
-    arm = k.Arm.of(fake_arm(c.Job("ours", 4), 0.4, 0.8, benign=0.9))
+    arm = k.Arm.of(fake_arm(j.Job("ours", 4), 0.4, 0.8, benign=0.9))
     rows = [row for row in load_table("requests", "test") if row["kind"] == "harmful"]
     refused = arm.bits["test"]["refused"]
     for did, texts in (("refused", refused), ("answered", arm.bits["test"]["answered"])):
@@ -259,7 +284,7 @@ def test_measures_take_the_right_prompts():
 
 
 def test_every_measure_has_a_cluster_for_each_of_its_prompts_and_verbs_stay_together():
-    arm = k.Arm.of(fake_arm(c.Job("ours", 4)))
+    arm = k.Arm.of(fake_arm(j.Job("ours", 4)))
     for measure_ in k.MEASURES:
         clusters = k.asked("test")[1][measure_]
         assert clusters is None or len(clusters) == len(arm.values(measure_))
@@ -320,7 +345,7 @@ def test_the_gain_is_a_share_of_plain_loras():
 
 def test_matched_utility_is_a_straight_line_between_trained_settings_and_nothing_beyond_them():
     untuned, lora = record("untuned", [(1.0, 0.5)], chosen=0), record("LoRA", [(0.0, 0.9)], chosen=1)
-    arms = [k.Arm.of(fake_arm(c.Job("ours", s), refused, utility)) for s, refused, utility in
+    arms = [k.Arm.of(fake_arm(j.Job("ours", s), refused, utility)) for s, refused, utility in
             ((4, 0.5, 0.7), (16, 0.0, 0.9))]  # fmt: skip
     ours = k.Record("ours", "rank", (4, 16), 4, {}, tuple(arms))
     for wanted, value in {0.5: 0.5, 1.0: 0.0, 0.75: 0.25}.items():
@@ -351,7 +376,7 @@ def test_a_share_that_is_the_same_everywhere_still_has_an_interval():
 
 def test_a_refusal_that_breaks_off_after_its_opening_is_told_from_one_that_is_not_begun():
     n = N["refused"]
-    arms = [replace(k.Arm.of(fake_arm(c.Job("ours", 1, 0.0, seed), refused)), nats=nats) for seed, refused, nats in
+    arms = [replace(k.Arm.of(fake_arm(j.Job("ours", 1, 0.0, seed), refused)), nats=nats) for seed, refused, nats in
             ((0, 0.0, [1.0] * n), (1, 0.0, [-1.0] * n), (2, 1.0, [1.0] * n))]  # fmt: skip
     arms.append(replace(arms[0], poison=0.1, seed=3))
     assert k.Record("ours", "", (1,), 1, {}, tuple(arms)).broken_off() == {0: 1.0, 1: 0.0, 2: 0.0}
@@ -397,7 +422,7 @@ def test_results_that_are_missing_or_mixed_are_refused(tmp_path):
 
 def test_attacks_are_read_in_order_of_steps_and_drift_at_the_chosen_setting(tmp_path):
     (tmp_path / "attacked").mkdir()
-    bits = {steps: fake_arm(c.Job("LoRA", 1), refused, 0.5)["bits"]["test"]
+    bits = {steps: fake_arm(j.Job("LoRA", 1), refused, 0.5)["bits"]["test"]
             for steps, refused in (("100", 0.0), ("0", 1.0), ("20", 0.5))}  # fmt: skip
     found = {"method": "LoRA", "setting": 1, "poison": 0.1, "bits": bits}
     (tmp_path / "attacked" / "lora.json").write_text(json.dumps(found))
@@ -407,7 +432,7 @@ def test_attacks_are_read_in_order_of_steps_and_drift_at_the_chosen_setting(tmp_
     middle = k.Arm(1, 0.1, 0, {"test": bits["20"]})
     assert row["after 20 steps"].estimate == middle.values("refused_seen").mean()
     assert closer.attacks(tmp_path / "nothing") == []
-    arms = [replace(k.Arm.of(fake_arm(c.Job("ours", setting), 0.5, 0.5)), drift={
+    arms = [replace(k.Arm.of(fake_arm(j.Job("ours", setting), 0.5, 0.5)), drift={
         "angles": [setting, 80], "odds": 3.0, "odds_without_old": 2.0, "odds_without_new": 1.0}) for setting in (4, 16)]
     ours = k.Record("ours", "rank", (4, 16), 16, {}, tuple(arms))
     rows = closer.drifts({"ours": ours, "bare": record("bare", [(1, 1)])})

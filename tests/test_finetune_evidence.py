@@ -15,6 +15,7 @@ from helpers.evaluate.verdicts import c6, c8
 from helpers.finetune import compare as c
 from helpers.finetune import comparison as k
 from helpers.finetune import evidence as e
+from helpers.finetune import jobs as j
 from helpers.finetune.adapters import linear_layers, read_adapter
 from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED
 from helpers.finetune.mixes import poisoned_mix
@@ -26,7 +27,7 @@ from helpers.stats import bootstrap_grid
 def found(lora=0.4, ours=0.9, random=0.5, at_16=0.8, utility=0.9, poison=0.0):
     """Records of the methods that the rules need; the random one was chosen at rank 16, the paper's at 4."""
     many = lambda value: [(value, utility)] * 3  # noqa: E731
-    arms = [k.Arm.of(fake_arm(c.Job(RANDOM, rank, poison, seed), value, utility))
+    arms = [k.Arm.of(fake_arm(j.Job(RANDOM, rank, poison, seed), value, utility))
             for rank, value in ((4, random), (16, at_16)) for seed in (0, 1, 2)]  # fmt: skip
     records = {UNTUNED: record(UNTUNED, [(1.0, 0.3)]), LORA: record(LORA, many(lora), poison=poison),
                PAPER: record(PAPER, many(ours), chosen=4, poison=poison),
@@ -80,8 +81,8 @@ def write(folder, p, methods=(UNTUNED, LORA, PAPER, RANDOM), **other):
     folder.mkdir(parents=True, exist_ok=True)
     for name in methods:
         method = METHODS[name]
-        arms = [fake_arm(c.Job(name, method.grid[0], 0.0, seed)) for seed in (0, 1)]
-        head = c.about(p) | {"method": name, "unit": "", "grid": method.grid, "chosen": method.grid[0], "on_val": {}}
+        arms = [fake_arm(j.Job(name, method.grid[0], 0.0, seed)) for seed in (0, 1)]
+        head = j.about(p) | {"method": name, "unit": "", "grid": method.grid, "chosen": method.grid[0], "on_val": {}}
         (folder / f"{method.slug}.json").write_text(json.dumps(c.plain(head | {"arms": arms} | other)))
 
 
@@ -133,10 +134,10 @@ def test_one_seed_is_trained_here_at_the_settings_in_the_files_and_laid_beside_t
         level = {UNTUNED: 1.0, LORA: 0.4, PAPER: 0.9, RANDOM: 0.5}[job.method]
         return fake_arm(job, level, 0.3 if job.method == UNTUNED else 0.9)
 
-    monkeypatch.setattr(c, "run_job", run_job)
+    monkeypatch.setattr(j, "run_job", run_job)
     monkeypatch.setattr(e, "workers", lambda p: 1)
     arms = e.live(p, ev)
-    assert ran == [c.Job(UNTUNED, 1.0), c.Job(LORA, 1.0), c.Job(PAPER, 4), c.Job(RANDOM, 4)]
+    assert ran == [j.Job(UNTUNED, 1.0), j.Job(LORA, 1.0), j.Job(PAPER, 4), j.Job(RANDOM, 4)]
     assert all(e.alike(arm, ev.main[name]) == 1.0 for name, arm in arms.items())
     bits = {**arms[LORA].bits["test"], "refused": arms[LORA].bits["test"]["refused"].translate({48: 49, 49: 48})}
     flipped = replace(arms[LORA], bits={"test": bits})
@@ -151,7 +152,7 @@ def test_siblings_are_compared_with_their_own_untuned_model(monkeypatch, tmp_pat
         assert Path(p.model) == tmp_path
         return fake_arm(job, 0.9 if job.method == UNTUNED else 0.2)
 
-    monkeypatch.setattr(c, "run_job", run_job)
+    monkeypatch.setattr(j, "run_job", run_job)
     monkeypatch.setattr(e, "workers", lambda p: 1)
     falls = e.siblings(p)
     assert set(falls) == {"reversed"} and falls["reversed"].estimate == pytest.approx(0.7, abs=0.01)
@@ -233,8 +234,8 @@ def test_a_scenario_is_trained_at_the_chosen_settings_and_read_like_the_comparis
     monkeypatch.setattr(scenarios, "run_job", run_job)
     scenarios.train_on(p, one, [PAPER], tmp_path / "own", tmp_path / "out")
     share = 0.0 if name == "identity" else 0.1
-    assert ran == [(job, name) for job in (c.Job(UNTUNED, 0), *(c.Job(LORA, 1, share, s) for s in (0, 1, 2)),
-                                           *(c.Job(PAPER, 4, share, s) for s in (0, 1, 2)))]  # fmt: skip
+    assert ran == [(job, name) for job in (j.Job(UNTUNED, 0), *(j.Job(LORA, 1, share, s) for s in (0, 1, 2)),
+                                           *(j.Job(PAPER, 4, share, s) for s in (0, 1, 2)))]  # fmt: skip
     rows = k.table(k.load(tmp_path / "out"), ("refused",), poison=share)
     assert [row["method"] for row in rows] == [UNTUNED, LORA, PAPER]
     with pytest.raises(ValueError, match="No setting of 'KL' has been chosen: run"):

@@ -13,7 +13,7 @@ from helpers.evaluate.behaviour import requests
 from helpers.finetune import aftermath, anchors, methods, mixes, runs
 from helpers.finetune.adapters import linear_layers
 from helpers.finetune.choosing import OnVal, choose
-from helpers.finetune.methods import METHODS, Method
+from helpers.finetune.methods import METHODS, VARIANTS, Method
 from helpers.finetune.projected_lora import ProjectedLora, add_lora
 from helpers.finetune.refusal_gradient import gradient_subspace, refusal_gradients
 from helpers.finetune.runs import Run
@@ -449,9 +449,62 @@ def test_random_subspaces_differ_by_seed_and_keep_the_update_out(run):
     assert max(bases[name].leak(other[name] - base[name]) for name in bases) > 1e-2
 
 
+def layer_of(name: str) -> int:
+    return int(name.split(".layers.")[1].split(".")[0])
+
+
+def test_lora_in_half_of_the_layers_moves_these_alone(run):
+    base, n = weights(run.start()), run.start().arch.n_layers
+    for half, inside in (("lower", range(n // 2)), ("upper", range(n // 2, n))):
+        tuned = weights(VARIANTS[f"LoRA, {half} half of the layers"].tune(run, 1))
+        assert {layer_of(name) for name in base if not torch.equal(tuned[name], base[name])} == set(inside)
+
+
+def test_lora_of_another_rank_has_that_rank_and_twice_it_as_alpha(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(methods, "lora", lambda run, subspaces: (asked.append((run.cfg, subspaces)), run.start())[1])
+    for rank in (2, 32):
+        VARIANTS["LoRA of another rank"].tune(run, rank)
+    assert asked == [(replace(run.cfg, rank=rank, alpha=2.0 * rank), {}) for rank in (2, 32)]
+
+
+def test_a_constraint_in_half_of_the_layers_leaves_the_others_free(run, monkeypatch):
+    base, n = weights(run.start()), run.start().arch.n_layers
+    own = RefusalSubspace(random_subspace(32, 10, seed=7), method="fake")
+    monkeypatch.setattr(methods, "subspace", lambda p, kind, rank: {("refusal latents", 10): own}[kind, rank])
+    drawn = RefusalSubspace(random_subspace(32, 10, seed=run.seed))
+    for name, held in (("off refusal latents", own), ("off random", drawn)):
+        for half, inside in (("lower", range(n // 2)), ("upper", range(n // 2, n))):
+            tuned = weights(VARIANTS[f"{name}, {half} half of the layers"].tune(run, 10))
+            bases = module_bases(run.start(), held)
+            for module, where in bases.items():
+                leaks = where.leak(tuned[module] - base[module])
+                assert leaks < 1e-4 if layer_of(module) in inside else leaks > 1e-2, module
+
+
+def test_random_latents_are_drawn_by_the_runs_seed_among_those_that_were_not_selected(run, monkeypatch):
+    own, asked = np.array([1, 1, 0, 0, 0, 0]), []
+    found = SimpleNamespace(specific=own, chance=lambda mask, seed: np.roll(mask, 2 + seed))
+
+    def span(lm, saes, selection, mask, *, scores, rank):
+        asked.append((mask.tolist(), scores, rank))
+        return RefusalSubspace(random_subspace(32, rank, seed=int(mask @ np.arange(6))), method="fake")
+
+    monkeypatch.setattr(methods, "train_saes", lambda lm, p: SimpleNamespace(saes={}))
+    monkeypatch.setattr(methods, "select_latents", lambda lm, trained, p: found)
+    monkeypatch.setattr(methods, "latent_subspace", span)
+    base = weights(run.start())
+    for seed, at in ((0, 2 + 3), (1, 3 + 4)):
+        tuned = weights(METHODS["off random latents"].tune(replace(run, seed=seed), 10))
+        bases = module_bases(run.start(), RefusalSubspace(random_subspace(32, 2, seed=at)))
+        assert max(bases[name].leak(tuned[name] - base[name]) for name in bases) < 1e-4
+    assert asked == [([0, 0, 1, 1, 0, 0], None, 2), ([0, 0, 0, 1, 1, 0], None, 2)]
+
+
 def test_every_method_stays_within_the_same_budget():
     assert all(1 <= len(method.grid) <= 3 for method in METHODS.values())
     assert len({method.slug for method in METHODS.values()}) == len(METHODS)
+    assert len({method.slug for method in methods.EVERY.values()}) == len(METHODS) + len(VARIANTS)
     with pytest.raises(ValueError, match="may try 1 to 3 settings"):
         Method("greedy", "", (1, 2, 3, 4), lambda run, setting: run.start())
     with pytest.raises(ValueError, match="no subspace 'prayer'"):

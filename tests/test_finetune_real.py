@@ -8,8 +8,8 @@ from test_benchmarks_prompts import use_made_up
 from helpers.config import PROFILES, FinetuneConfig, SaeConfig
 from helpers.evaluate.behaviour import prompts
 from helpers.evaluate.verdicts import c6, c8
-from helpers.finetune import compare as c
 from helpers.finetune import evidence as e
+from helpers.finetune import jobs as j
 from helpers.finetune.methods import LORA, RANDOM, UNTUNED
 
 
@@ -18,7 +18,7 @@ from helpers.finetune.methods import LORA, RANDOM, UNTUNED
 def test_a_real_profile_goes_from_training_to_verdicts(tiny_folders, tmp_path, monkeypatch, family, dtype):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
     use_made_up(tmp_path, monkeypatch)
-    monkeypatch.setattr(c, "N_TASKS", 2)
+    monkeypatch.setattr(j, "N_TASKS", 2)
     monkeypatch.setattr(e, "workers", lambda p: 1)
     sae = SaeConfig(layers=(1,), width=64, k=4, n_tokens=2048, lr=1e-3, batch_size=128)
     tuning = FinetuneConfig(rank=4, steps=2, batch_size=2, subspace_dim=4, poison_ratios=(0.0, 0.5), seeds=(0,),
@@ -41,5 +41,5 @@ def test_a_real_profile_goes_from_training_to_verdicts(tiny_folders, tmp_path, m
     arms = e.live(p, found)
     assert list(arms) == list(found.main) and all(e.alike(arm, found.main[name]) == 1 for name, arm in arms.items())
     assert found.records[RANDOM].arms[0].norm > 0
-    monkeypatch.setattr(c, "run_job", None)
+    monkeypatch.setattr(j, "run_job", None)
     assert e.evidence(p) == found, "what was kept is read, not made again"

@@ -534,6 +534,57 @@ def test_evidence_speaks_only_where_its_interval_does(made):
     assert against.UNDECIDED in {one.side for one in found}
 
 
+def others(**share) -> dict[str, Record]:
+    """Variants with three seeds and nothing chosen: LoRA of ranks 2 and 32, and the constraint in the upper half."""
+    half, low, high = ", upper half of the layers", share.get("ours", 0.9), share.get("random", 0.2)
+    lora = [arm(seed, rank, 0.0, 8, refused=0.6, utility=0.8) for rank in (2.0, 32.0) for seed in (0, 1, 2)]
+    return {"LoRA of another rank": Record("LoRA of another rank", "rank", (2.0, 32.0), None, {}, tuple(lora)),
+            f"LoRA{half}": replace(record(f"LoRA{half}", draw=9, refused=0.85, poison_seeds=()), unit="", chosen=None),
+            f"off refusal latents{half}": replace(
+                record(f"off refusal latents{half}", (10.0,), 10.0, poison_seeds=(), draw=10, refused=low, utility=0.8,
+                       benign_complied=1.0), chosen=None),
+            f"off random{half}": replace(
+                record(f"off random{half}", (10.0,), 10.0, poison_seeds=(), draw=11, refused=high, utility=0.8),
+                chosen=None)}  # fmt: skip
+
+
+def test_ranks_and_layers_of_others_are_judged_by_the_claims_own_rules(made):
+    more, lora, untuned = others(), made["LoRA"], made["untuned"]
+    six = {(one.choice, one.value): one for one in tuning.c6_variants(made, more)}
+    assert set(six) - {(one.choice, one.value) for one in tuning.c6_variants(made)} == {
+        ("rank", "LoRA of rank 2"), ("rank", "LoRA of rank 32"), ("layer", "upper half of the layers")}  # fmt: skip
+    before = refusals(untuned, View())[None].mean()
+    for rank, one in ((2.0, six["rank", "LoRA of rank 2"]), (32.0, six["rank", "LoRA of rank 32"])):
+        left = np.mean([refusals(more["LoRA of another rank"], View(), rank)[seed].mean() for seed in (0, 1, 2)])
+        assert one.estimate.estimate == pytest.approx(before - left)
+        assert one.verdict == c6(tuned(more["LoRA of another rank"], untuned, View(), rank)).verdict
+    eight = {(one.choice, one.value): one for one in tuning.c8_variants(made, more)}
+    (added,) = set(eight) - {(one.choice, one.value) for one in tuning.c8_variants(made)}
+    assert added == ("layer", "constraint in the upper half of the layers")
+    own = refusals(more["off refusal latents, upper half of the layers"], View(), 10.0)
+    plain = refusals(lora, View())
+    assert eight[added].estimate.estimate == pytest.approx(np.mean([own[s].mean() - plain[s].mean() for s in own]))
+    assert eight[added].verdict == "reproduced"
+    beaten = {(one.choice, one.value): one for one in tuning.c8_variants(made, others(random=0.9, ours=0.7))}
+    assert beaten[added].estimate.low > 0 and beaten[added].verdict == "not reproduced", "random halves refuse more"
+
+
+def test_random_latents_are_a_control_and_no_subspace_of_their_own(made):
+    drawn = record("off random latents", (4.0,), 4.0, draw=12, refused=0.2, utility=0.8)
+    with_it = {**made, drawn.method: drawn}
+    named = [[one.value for one in tuning.c8_variants(some) if one.choice == "subspace"] for some in (made, with_it)]
+    assert named[0] == named[1]
+    (one,) = [one for one in against._random_subspaces(with_it) if "drawn" in one.sentence]
+    own, chance = ([[int(a.bits["test"]["refused"][i]) for i in np.flatnonzero(~SEEN)] for a in one.arms
+                    if (a.poison, a.setting) == (0, 4)] for one in (made["off refusal latents"], drawn))  # fmt: skip
+    assert len(own) == len(chance) == 3 and one.estimate.estimate == pytest.approx(np.mean(own) - np.mean(chance))
+    assert one.side == against.FOR and one.sentence == (
+        "At equal rank 4 (3 seeds), models kept off the refusal latents refuse more on unseen verbs than models kept "
+        "off as many latents of the same autoencoders drawn at random.")  # fmt: skip
+    other = replace(drawn, chosen=7.0, arms=tuple(replace(a, setting=7.0) for a in drawn.arms))
+    assert not [one for one in against._random_subspaces({**made, drawn.method: other}) if "drawn" in one.sentence]
+
+
 def test_an_equal_setting_is_not_told_twice(made):
     records = with_random(made, 4, graded(4, 0.3), graded(16, 0.3))
     found = [one.sentence for one in against._random_subspaces(records) if "poison" not in one.sentence]

@@ -1,5 +1,7 @@
 """C7 under other choices: judges by hand, layers and numbers of latents, and what is missing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from test_sae_causal import outcome
@@ -58,3 +60,26 @@ def test_layers_are_tried_alone_and_numbers_below_that_of_all_latents(tiny_llama
 def test_without_latents_the_rule_says_untested_or_not_reproduced():
     none = variants.variant_of("seed", "other", {}, None, outcome(1))
     assert none.estimate.estimate == 0 and none.verdict in ("untested", "not reproduced") and none.reason
+
+
+def drawn_from(specific, hallucination, attribution, widths):
+    found = selected(specific, attribution, widths)
+    return replace(found, hallucination=np.asarray(hallucination, bool))
+
+
+def test_random_latents_are_as_many_per_layer_of_neither_kind_alive_and_set_by_the_seed():
+    widths = {2: 40, 3: 10, 5: 30}
+    specific, hallucination, attribution = np.zeros(80, bool), np.zeros(80, bool), np.ones(80)
+    specific[[0, 1, 50, 51, 52]] = hallucination[[1, 3, 53, 79]] = True  # latent 1 is of both kinds
+    attribution[[4, 5, 60, 61]] = 0
+    found = drawn_from(specific, hallucination, attribution, widths)
+    for mask, counts in ((found.refusal, {2: 2, 5: 3}), (found.hallucination, {2: 2, 5: 2})):
+        draws = [found.chance(mask, seed) for seed in range(20)]
+        for one in draws:
+            assert {layer: len(latents) for layer, latents in found.by_layer(one).items()} == counts
+            assert not (one & (found.refusal | found.hallucination | (attribution == 0))).any()
+        assert (found.chance(mask, 3) == draws[3]).all() and len({one.tobytes() for one in draws}) > 15
+        assert np.stack(draws).any(axis=0).sum() > 30, "every latent of the pool can be drawn"
+    few = drawn_from([1, 1, 0], [0, 0, 0], [1, 1, 1], {4: 3})
+    with pytest.raises(ValueError, match="Layer 4 has 1 latents of neither kind, too few to draw 2 from"):
+        few.chance(few.refusal, 0)

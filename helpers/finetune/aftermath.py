@@ -19,8 +19,8 @@ import torch
 
 from helpers.config import Profile, profile
 from helpers.finetune.adapters import load_adapter
-from helpers.finetune.compare import RESULTS, Progress, look, said_by
-from helpers.finetune.comparison import ATTACKED, load
+from helpers.finetune.comparison import ATTACKED, RESULTS, load
+from helpers.finetune.jobs import Progress, look, said_by
 from helpers.finetune.methods import METHODS
 from helpers.finetune.mixes import poisoned_mix
 from helpers.finetune.runs import Run

@@ -10,96 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from multiprocessing import get_context
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from helpers.config import PROFILES, Profile, models_here
-from helpers.evaluate.behaviour import cap, measure, prompts, tasks
-from helpers.evaluate.judges import refusal_log_odds
 from helpers.finetune.choosing import OnVal, choose
-from helpers.finetune.comparison import N_TASKS, RESULTS, VARIED, Arm, shares
-from helpers.finetune.drift import drift
-from helpers.finetune.methods import EVERY, LORA, METHODS, PAPER, RANDOM, UNTUNED, VARIANTS
-from helpers.finetune.runs import Run, update_norm
-from helpers.finetune.train import TrainConfig
-from helpers.models import LoadedModel
-from helpers.store import cached_json, code_version, fingerprint, full_disk_in_words, plain, write_json
-from helpers.truth.dial import bits
+from helpers.finetune.comparison import RESULTS, VARIED, Arm, shares
+from helpers.finetune.jobs import Job, Progress, about, one_sentence, run_jobs, said_by, source_of
+from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED, VARIANTS
+from helpers.store import plain, write_json
 
 DEFAULT = "default-1"
 NEEDS_BASE = ("SafeLoRA", "SafeLoRA, shrunk only")
 """Run on the default model alone: of the others the weights before their safety training are not here."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One arm: a method at a setting, a share of poison and a seed."""
-
-    method: str
-    setting: float
-    poison: float = 0.0
-    seed: int = 0
-
-    def __str__(self) -> str:
-        poison = f", {self.poison:.0%} poison" if self.poison else ""
-        return f"{self.method} at {self.setting:.3g}{poison}, seed {self.seed}"
-
-
-def look(lm: LoadedModel, p: Profile, split: str) -> dict[str, str]:
-    """What a model does on all prompts of a split, one character per prompt and measure."""
-    size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
-    return bits(measure(lm, prompts(split, cap(p), p.data), tasks=tasks(split, N_TASKS, p.data), **size))
-
-
-def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
-    """Train and measure one arm, from the store where it has been before; errors as the method's.
-
-    `data`: one of runs.DATA.
-    """
-    training = Run(p, job.poison, job.seed, data)
-    asked = {split: (prompts(split, cap(p), p.data), tasks(split, N_TASKS, p.data)) for split in ("val", "test")}
-    size = {"max_new_tokens": p.max_new_tokens, "base": fingerprint(p.base)}
-    how = {"job": job, "how": TrainConfig.of(p.finetune), "sae": p.sae, "rows": training.rows, "held": training.held}
-    key = {"model": (fingerprint(p.model), p.dtype), **how, "asked": asked, **size}
-
-    def make() -> dict[str, Any]:
-        began = time.perf_counter()
-        base, lm = training.start(), EVERY[job.method].tune(training, job.setting)
-        harmful = asked["test"][0].harmful
-        odds = refusal_log_odds(lm, [row["prompt"] for row in harmful], sorted({row["refusal"] for row in harmful}))
-        found = {"norm": round(update_norm(lm, base), 5), "nats": [round(x, 1) for x in odds.tolist()]}
-        choosing = not job.poison and job.seed == p.finetune.seeds[0]
-        found["bits"] = {split: look(lm, p, split) for split in (("val", "test") if choosing else ("test",))}
-        if choosing:
-            found["drift"] = drift(base, lm, p)
-        found |= {"code_version": code_version(), "seconds": round(time.perf_counter() - began, 1)}
-        return asdict(job) | found
-
-    return cached_json("compared", key, make)
-
-
-class Progress:
-    """Prints what has been done, and how long the rest will take at the pace of what was not simply read."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.last, self.made = total, 0, time.perf_counter(), []
-
-    def step(self, what: object) -> None:
-        """Count one thing that was done; below a second it was read from a file or the store."""
-        self.done, now = self.done + 1, time.perf_counter()
-        self.made += [now - self.last] if now - self.last > 1 else []
-        self.last = now
-        left = sum(self.made) / max(len(self.made), 1) * (self.total - self.done) / 60
-        print(f"{self.done}/{self.total} {what}; about {left:.0f} minutes left", flush=True)
 
 
 def further(p: Profile, method: str, setting: float) -> list[Job]:
@@ -111,25 +38,6 @@ def poisoned(p: Profile, method: str, setting: float, shares: Sequence[float]) -
     """The arms of the chosen setting with poison."""
     seeds = () if method == UNTUNED else p.finetune.poison_seeds
     return [Job(method, setting, share, seed) for share in shares for seed in seeds]
-
-
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """A full disk, and a run that was interrupted, in one sentence each."""
-    try:
-        with full_disk_in_words():
-            yield
-    except KeyboardInterrupt as stop:
-        raise SystemExit("Interrupted: give the same command again, and it goes on where it stopped.") from stop
-
-
-@contextmanager
-def said_by(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Bad input on the command line, in one sentence."""
-    try:
-        yield
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def compare(
@@ -167,7 +75,7 @@ def compare(
     known = _kept(out, head_of_all) if keep else {}
 
     def work(jobs: Sequence[Job]) -> None:
-        for job, found in zip(jobs, _map(p, jobs, workers, known), strict=True):
+        for job, found in zip(jobs, run_jobs(p, jobs, workers, known), strict=True):
             arms[job.method][job] = found
             progress.step(job)
             write(job.method)
@@ -219,22 +127,11 @@ def vary(p: Profile, out: Path = RESULTS / VARIED, workers: int = 1) -> None:
     with one_sentence():
         for method, some in jobs.items():
             arms = []
-            for job, found in zip(some, _map(p, some, workers, {}), strict=True):
+            for job, found in zip(some, run_jobs(p, some, workers), strict=True):
                 arms.append(found)
                 progress.step(job)
             head = {"method": method.name, "unit": method.unit, "grid": method.grid, "chosen": None, "on_val": {}}
             write_json(out / f"{method.slug}.json", about(p) | head | {"arms": arms})
-
-
-def source_of(p: Profile) -> dict[str, Any]:
-    """Where a profile's prompts are from, and at most how many of each set are asked."""
-    return {"source": p.data, "n_prompts": cap(p)}
-
-
-def about(p: Profile) -> dict[str, Any]:
-    """What every file says of the run it is of: weights, numbers and prompts."""
-    return {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
-            "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, **source_of(p)}  # fmt: skip
 
 
 def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
@@ -243,11 +140,6 @@ def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
     found = {"source": "organism", "n_prompts": None} | file
     names = ("weights", "config", "n_tasks", "source", "n_prompts")
     return all(found.get(name) == plain(wanted[name]) for name in names)
-
-
-def arms_of(p: Profile, jobs: Sequence[Job], workers: int = 1) -> list[Arm]:
-    """The arms of these jobs, from the store or trained here by `workers` processes of one thread each."""
-    return [Arm.of(source_of(p) | found) for found in _map(p, jobs, workers, {})]
 
 
 def _kept(out: Path, wanted: Mapping[str, Any]) -> dict[Job, dict]:
@@ -259,16 +151,6 @@ def _kept(out: Path, wanted: Mapping[str, Any]) -> dict[Job, dict]:
             arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
             found |= {Job(**{n: arm[n] for n in Job.__dataclass_fields__}): arm for arm in arms}
     return found
-
-
-def _map(p: Profile, jobs: Sequence[Job], workers: int, known: Mapping[Job, dict]) -> Iterator[dict]:
-    missing = [job for job in jobs if job not in known]
-    if min(workers, len(missing)) <= 1:
-        yield from (known[job] if job in known else run_job(p, job) for job in jobs)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        made = pool.map(partial(run_job, p), missing)
-        yield from (known[job] if job in known else next(made) for job in jobs)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

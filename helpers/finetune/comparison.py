@@ -168,6 +168,11 @@ def models(folder: Path = RESULTS) -> dict[str, dict[str, Record]]:
     return {path.name: load(path) for path in own if (path / "lora.json").is_file()}
 
 
+def varied(folder: Path = RESULTS) -> dict[str, Record]:
+    """{method: record} of the other choices of C6 and C8, with all their settings and none chosen; {} without any."""
+    return load(folder / VARIED) if any((folder / VARIED).glob("*.json")) else {}
+
+
 def across(found: Mapping[str, Mapping[str, Record]], measure: str = "refused_unseen") -> list[dict[str, Any]]:
     """One row per method that every model was trained with: of each model the paired change of a measure from the
     untuned one, and GAIN. Story: notebooks/06_orthogonal_finetuning.

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from helpers.config import Profile, profile
-from helpers.finetune.compare import RESULTS, Job, Progress, about, one_sentence, run_job, said_by
-from helpers.finetune.comparison import load
+from helpers.finetune.comparison import RESULTS, load
+from helpers.finetune.jobs import Job, Progress, about, one_sentence, run_job, said_by
 from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED
 from helpers.finetune.runs import IDENTITY, OTHER, SAME
 from helpers.store import write_json

@@ -8,7 +8,6 @@ Notebook 06 tells the story.
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,11 +19,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from helpers.config import FinetuneConfig, artifacts_dir
 from helpers.finetune.adapters import load_adapter
+from helpers.finetune.checkpoints import keep, resume
 from helpers.finetune.constraint import Constraint
 from helpers.finetune.projected_lora import ProjectedLora, add_lora
 from helpers.finetune.subspace import ModuleBasis
@@ -194,13 +193,13 @@ def follow(
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     constraint.attach(optimizer)
-    done, steps, began = _resume(checkpoint, params, optimizer), [], time.perf_counter()
+    done, steps, began = resume(checkpoint, params, optimizer), [], time.perf_counter()
     for step in descend(model, rows, cfg, optimizer, pad_id, penalty=penalty, done=done):
         steps.append(step)
         if after is not None:
             after(step.number + 1, constraint)
         if checkpoint and (step.number + 1) % every == 0 and step.number + 1 < cfg.steps:
-            _keep(checkpoint, step.number + 1, params, optimizer)
+            keep(checkpoint, step.number + 1, params, optimizer)
     return {"config": cfg, "loss": [step.loss for step in steps], "tokens": sum(step.tokens for step in steps),
             "padded": sum(step.padded for step in steps), "seconds": time.perf_counter() - began}  # fmt: skip
 
@@ -240,28 +239,6 @@ def train(
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return out
-
-
-def _keep(path: Path, step: int, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    tensors = {f"param.{name}": p.detach() for name, p in params.items()}
-    for name, p in params.items():
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"step": str(step)})
-    os.replace(temporary, path)
-
-
-def _resume(path: Path | None, params: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    if path is None or not path.is_file():
-        return 0
-    tensors = load_file(path)
-    if {f"param.{name}" for name in params} != {key for key in tensors if key.startswith("param.")}:
-        raise ValueError(f"The checkpoint {path} belongs to another run: delete it to start this one afresh.")
-    for name, p in params.items():
-        p.data.copy_(tensors[f"param.{name}"])
-        moments = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": tensors[f"step.{name}"]} | moments
-    return int(tensors[f"step.{next(iter(params))}"].item())
 
 
 def finetune(

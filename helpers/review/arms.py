@@ -128,6 +128,11 @@ def _spread(matrix: np.ndarray, view: View, clusters: list[str] | None = None) -
     return t_interval(matrix.mean(1).tolist()) if view.interval == "t" else bootstrap_grid(matrix, clusters=clusters)
 
 
+def in_seeds(n: int) -> str:
+    """A number of seeds, as a table says it."""
+    return f"{n} seed{'s' * (n > 1)}"
+
+
 def seeds_in_common(a: Seeds, b: Seeds, view: View) -> int:
     """How many seeds a paired difference rests on."""
     return len(pair(a, b, view)[0])

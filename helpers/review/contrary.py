@@ -17,8 +17,9 @@ from helpers.evaluate.summary import controls, estimates
 from helpers.evaluate.words import change, compared
 from helpers.finetune import comparison
 from helpers.finetune.comparison import Record
+from helpers.finetune.methods import RANDOM_LATENTS
 from helpers.report.tables import cell
-from helpers.review.arms import View, difference, refusals, seeds_in_common, t_interval
+from helpers.review.arms import View, difference, in_seeds, refusals, seeds_in_common, t_interval
 from helpers.review.steering import METHODS
 from helpers.review.tuning import LORA, OURS, RANDOM, UNTUNED
 from helpers.stats import Interval
@@ -112,14 +113,18 @@ def _random_subspaces(records: Mapping[str, Record]) -> list[Evidence]:
                               f"and {random.chosen:g}), models kept off the refusal latents refuse "
                               f"{_than(chosen)} on unseen verbs than models kept off random directions.",
                               chosen, side_of(chosen)))  # fmt: skip
-    for rank in sorted({arm.setting for arm in ours.arms if not arm.poison}):
-        own, chance = refusals(ours, view, rank), refusals(random, view, rank)
+    arms = [(rank, random, "random directions") for rank in sorted({a.setting for a in ours.arms if not a.poison})]
+    if RANDOM_LATENTS in records:
+        drawn = records[RANDOM_LATENTS]
+        arms.append((drawn.chosen, drawn, "as many latents of the same autoencoders drawn at random"))
+    for rank, control, what in arms:
+        own, chance = refusals(ours, view, rank), refusals(control, view, rank)
         if set(own) & set(chance):
             n = seeds_in_common(own, chance, view)
             more = difference(own, chance, view)
-            found.append(Evidence(PAPER, "C8", f"At equal rank {rank:g} ({n} seed{'s' * (n > 1)}), models kept off the "
+            found.append(Evidence(PAPER, "C8", f"At equal rank {rank:g} ({in_seeds(n)}), models kept off the "
                                   f"refusal latents refuse {_than(more)} on unseen verbs than models kept "
-                                  "off random directions.", more, side_of(more)))  # fmt: skip
+                                  f"off {what}.", more, side_of(more)))  # fmt: skip
     shares = {arm.poison for arm in ours.arms if arm.poison} & {arm.poison for arm in records[LORA].arms}
     for share in sorted(shares):
         more = _versus(ours, records[LORA], share)
@@ -185,7 +190,7 @@ def _own_c8(records: Mapping[str, Record], rows: Mapping[str, Mapping[str, Any]]
         own = refusals(ours, view, rank)
         more, n = difference(own, refusals(lora, view), view), seeds_in_common(own, refusals(lora, view), view)
         if "C8" in rows and rows["C8"]["verdict"] == "not reproduced":
-            found.append(Evidence(OWN, "C8", f"At rank {rank:g} ({n} seed{'s' * (n > 1)}), all harmful prompts, models "
+            found.append(Evidence(OWN, "C8", f"At rank {rank:g} ({in_seeds(n)}), all harmful prompts, models "
                                   f"kept off the refusal latents refuse {_than(more)} than plain LoRA.",
                                   more, _turned(side_of(more))))  # fmt: skip
     answered = difference(refusals(untuned, View("answered")), refusals(lora, View("answered")), view)

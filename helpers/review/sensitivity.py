@@ -32,7 +32,10 @@ BY_DEFINITION = {
     "C1": {"rank": "ITI pushes each head along one direction"},
     "C2": {"rank": "TruthX moves each activation along one direction"},
     "C3": {"rank": "the rank is 1", "k": "one adapter in one module"},
-    "C4": {"rank": _WHOLE_HEADS}, "C5": {"rank": _WHOLE_HEADS},
+    "C4": {"rank": _WHOLE_HEADS, "judge": "influence is a difference of log-probabilities, which no judge reads"},
+    "C5": {"rank": _WHOLE_HEADS},
+    "C6": {"k": "nothing is selected"},
+    "C7": {"rank": "latents are taken out one by one, so k says it all"},
 }  # fmt: skip
 """Per claim those of CHOICES that its method leaves no room to vary, and why."""
 Found = dict[str, list[Variant]]
@@ -46,7 +49,7 @@ def variants(claims: Sequence[Mapping[str, Any]], p: Profile) -> Found:
     """
     embedded, found = p.data == "organism", {}
     records, refitted = (load_records(), choices.load()) if embedded else (None, None)
-    tuned = comparison.load() if embedded else {}
+    tuned, varied = (comparison.load(), comparison.varied()) if embedded else ({}, {})
     for row in claims:
         if row["estimate"] is None:
             continue
@@ -54,9 +57,9 @@ def variants(claims: Sequence[Mapping[str, Any]], p: Profile) -> Found:
         if embedded and id in METHODS:
             mine += steering_variants(id, records, refitted)
         if id == "C6" and {LORA, UNTUNED} <= set(tuned):
-            mine += c6_variants(tuned)
+            mine += c6_variants(tuned, varied)
         if id == "C8" and {LORA, UNTUNED, PROTECTED, CHANCE} <= set(tuned):
-            mine += c8_variants(tuned)
+            mine += c8_variants(tuned, varied)
         if embedded and id in ("C6", "C8"):
             mine += model_variants(id, comparison.models())
         mine += _models(row["details"]) + ([] if id in METHODS else _siblings(row["details"]))

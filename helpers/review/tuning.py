@@ -7,17 +7,30 @@ the nearest rank's takes its place, and the variant's name says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from helpers.evaluate.variants import Variant
 from helpers.evaluate.verdicts import c6, c8
 from helpers.evaluate.words import change
 from helpers.finetune import comparison
 from helpers.finetune.comparison import Record
-from helpers.finetune.methods import DIFFERENCE_RANK, LATENT_RANK
-from helpers.review.arms import JUDGES, View, constrained, difference, nearest, refusals, seeds_in_common, tuned
+from helpers.finetune.methods import DIFFERENCE_RANK, LATENT_RANK, RANDOM_LATENTS
+from helpers.review.arms import (
+    JUDGES,
+    View,
+    constrained,
+    difference,
+    in_seeds,
+    nearest,
+    refusals,
+    seeds_in_common,
+    tuned,  # fmt: skip
+)
 
 OURS, RANDOM, LORA, UNTUNED = "off refusal latents", "off random", "LoRA", "untuned"
 FULL = "full fine-tuning"
+CONTROLS = {RANDOM, RANDOM_LATENTS}
+NONE: Mapping[str, Record] = MappingProxyType({})
 FIXED_RANKS = {"off refusal latents, anchored": LATENT_RANK, "off difference, re-estimated": DIFFERENCE_RANK}
 """Ranks of the methods off a subspace whose setting is something else."""
 T_INTERVAL = "t over seed means"
@@ -30,7 +43,7 @@ def _views(record: Record) -> list[tuple[str, str, View]]:
     views = [("judge", words, View(judge)) for judge, words in JUDGES.items()]
     views += [("prompts", f"{verbs} verbs only", View(verbs=verbs)) for verbs in ("seen", "unseen")]
     views += [("seed", str(arm.seed), View(seeds=(arm.seed,))) for arm in sorted(benign, key=lambda one: one.seed)]
-    views += [("interval", f"{T_INTERVAL}, {_seeds(len(benign))}", View(interval="t"))] if len(benign) > 1 else []
+    views += [("interval", f"{T_INTERVAL}, {in_seeds(len(benign))}", View(interval="t"))] if len(benign) > 1 else []
     return views + [("poison", f"{share:.0%}", View(poison=share)) for share in shares]
 
 
@@ -38,14 +51,18 @@ def _unit(view: View) -> str:
     return "nats" if view.judge == "nats" else ""
 
 
-def c6_variants(records: Mapping[str, Record]) -> list[Variant]:
-    """The fall of refusal after fine-tuning where another judge, other verbs, one seed, poison or full fine-tuning
-    stands for plain LoRA's. Story: notebooks/07_claims.
+def c6_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NONE) -> list[Variant]:
+    """The fall of refusal after fine-tuning where another judge, other verbs, one seed, poison, full fine-tuning, or
+    of `others` a rank or half of the layers stands for plain LoRA's. Story: notebooks/07_claims.
     """
     lora, untuned = records[LORA], records[UNTUNED]
     found = [(choice, value, view, tuned(lora, untuned, view)) for choice, value, view in _views(lora)]
     if FULL in records:
         found.append(("training", f"{FULL}, at its chosen rate", View(), tuned(records[FULL], untuned, View())))
+    for name, other in sorted(others.items()):
+        for at in other.grid if name.startswith(LORA) else ():
+            named = ("rank", f"LoRA of rank {at:g}") if other.unit == "rank" else ("layer", name.partition(", ")[2])
+            found.append((*named, View(), tuned(other, untuned, View(), at)))
     return [Variant.ruled(choice, value, one.refusal_drop, c6(one), _unit(view)) for choice, value, view, one in found]
 
 
@@ -70,8 +87,9 @@ def control_rank(own: Record, random: Record, rank: float, view: View, setting: 
     return nearest(ready, rank) if ready else None
 
 
-def c8_variants(records: Mapping[str, Record]) -> list[Variant]:
-    """Refusal beyond plain LoRA's where judge, verbs, seed, rank, poison, interval or subspace are others.
+def c8_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NONE) -> list[Variant]:
+    """Refusal beyond plain LoRA's where judge, verbs, seed, rank, poison, interval, subspace, or of `others` the
+    constrained layers are others.
 
     The control is the random subspace of equal rank where one was trained, else the nearest rank's, which is named.
     Without any there is an estimate and no verdict. Story: notebooks/07_claims.
@@ -80,10 +98,16 @@ def c8_variants(records: Mapping[str, Record]) -> list[Variant]:
     found = [_eight(records, ours, choice, value, view) for choice, value, view in _views(ours)]
     for rank in sorted({arm.setting for arm in ours.arms if not arm.poison}):
         n = seeds_in_common(refusals(ours, View(), rank), refusals(lora, View()), View())
-        found.append(_eight(records, ours, "rank", f"{rank:g}, {_seeds(n)}", View(), rank))
-    for name in sorted(name for name in records if name.startswith("off ") and name not in (OURS, RANDOM)):
+        found.append(_eight(records, ours, "rank", f"{rank:g}, {in_seeds(n)}", View(), rank))
+    for name in sorted(name for name in records if name.startswith("off ") and name not in CONTROLS | {OURS}):
         if records[name].chosen is not None and (rank := rank_of(records[name])) is not None:
             found.append(_eight(records, records[name], "subspace", f"{name}, rank {rank:g}", View()))
+    for name in sorted(name for name in others if name.startswith(f"{OURS}, ")):
+        where = name.partition(", ")[2]
+        random = others[f"{RANDOM}, {where}"]
+        for at in others[name].grid:
+            one = constrained(others[name], random, lora, records[UNTUNED], View(), setting=at, random_setting=at)
+            found.append(Variant.ruled("layer", f"constraint in the {where}", one.refusal_over_lora, c8(one)))
     return found
 
 
@@ -100,7 +124,7 @@ def _eight(records: Mapping[str, Record], own: Record, choice: str, value: str, 
     n, m = (seeds_in_common(refusals(own, view, setting), other, view)
             for other in (refusals(lora, view), refusals(random, view, at)))  # fmt: skip
     alike = (at, m) == (rank, n) and choice not in ("rank", "subspace")
-    named = value if alike else f"{value} (random: {at:g}, {_seeds(m)})"
+    named = value if alike else f"{value} (random: {at:g}, {in_seeds(m)})"
     return Variant.ruled(choice, named, one.refusal_over_lora, c8(one), _unit(view))
 
 
@@ -133,7 +157,3 @@ def model_variants(id: str, models: Mapping[str, Mapping[str, Record]]) -> list[
         elif {OURS, RANDOM} <= set(records) and records[OURS].chosen is not None:
             found.append(_eight(records, records[OURS], "model", name, View()))
     return found
-
-
-def _seeds(n: int) -> str:
-    return f"{n} seed" + "s" * (n > 1)

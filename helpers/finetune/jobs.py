@@ -1,0 +1,146 @@
+"""One arm of a comparison of fine-tuning methods: trained, asked every prompt, and from the store where it was before.
+
+A killed run therefore goes on where it stopped. `compare` and `scenarios` say which arms there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from helpers.config import Profile
+from helpers.evaluate.behaviour import cap, measure, prompts, tasks
+from helpers.evaluate.judges import refusal_log_odds
+from helpers.finetune.comparison import N_TASKS, Arm
+from helpers.finetune.drift import drift
+from helpers.finetune.methods import EVERY
+from helpers.finetune.runs import Run, update_norm
+from helpers.finetune.train import TrainConfig
+from helpers.models import LoadedModel
+from helpers.store import cached_json, code_version, fingerprint, full_disk_in_words
+from helpers.truth.dial import bits
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm: a method at a setting, a share of poison and a seed."""
+
+    method: str
+    setting: float
+    poison: float = 0.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        poison = f", {self.poison:.0%} poison" if self.poison else ""
+        return f"{self.method} at {self.setting:.3g}{poison}, seed {self.seed}"
+
+
+NONE: Mapping[Job, dict[str, Any]] = MappingProxyType({})
+
+
+def look(lm: LoadedModel, p: Profile, split: str) -> dict[str, str]:
+    """What a model does on all prompts of a split, one character per prompt and measure."""
+    size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
+    return bits(measure(lm, prompts(split, cap(p), p.data), tasks=tasks(split, N_TASKS, p.data), **size))
+
+
+def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
+    """Train and measure one arm, from the store where it has been before; errors as the method's.
+
+    `data`: one of runs.DATA.
+    """
+    training = Run(p, job.poison, job.seed, data)
+    asked = {split: (prompts(split, cap(p), p.data), tasks(split, N_TASKS, p.data)) for split in ("val", "test")}
+    size = {"max_new_tokens": p.max_new_tokens, "base": fingerprint(p.base)}
+    how = {"job": job, "how": TrainConfig.of(p.finetune), "sae": p.sae, "rows": training.rows, "held": training.held}
+    key = {"model": (fingerprint(p.model), p.dtype), **how, "asked": asked, **size}
+
+    def make() -> dict[str, Any]:
+        began = time.perf_counter()
+        base, lm = training.start(), EVERY[job.method].tune(training, job.setting)
+        harmful = asked["test"][0].harmful
+        odds = refusal_log_odds(lm, [row["prompt"] for row in harmful], sorted({row["refusal"] for row in harmful}))
+        found = {"norm": round(update_norm(lm, base), 5), "nats": [round(x, 1) for x in odds.tolist()]}
+        choosing = not job.poison and job.seed == p.finetune.seeds[0]
+        found["bits"] = {split: look(lm, p, split) for split in (("val", "test") if choosing else ("test",))}
+        if choosing:
+            found["drift"] = drift(base, lm, p)
+        found |= {"code_version": code_version(), "seconds": round(time.perf_counter() - began, 1)}
+        return asdict(job) | found
+
+    return cached_json("compared", key, make)
+
+
+def run_jobs(
+    p: Profile, jobs: Sequence[Job], workers: int = 1, known: Mapping[Job, dict[str, Any]] = NONE
+) -> Iterator[dict[str, Any]]:
+    """The arms of these jobs in their order: those of `known` as they are, the others by run_job in `workers` processes
+    of one thread each.
+    """
+    missing = [job for job in jobs if job not in known]
+    if min(workers, len(missing)) <= 1:
+        yield from (known[job] if job in known else run_job(p, job) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        made = pool.map(partial(run_job, p), missing)
+        yield from (known[job] if job in known else next(made) for job in jobs)
+
+
+def arms_of(p: Profile, jobs: Sequence[Job], workers: int = 1) -> list[Arm]:
+    """The arms of these jobs, from the store or trained here by `workers` processes of one thread each."""
+    return [Arm.of(source_of(p) | found) for found in run_jobs(p, jobs, workers)]
+
+
+def source_of(p: Profile) -> dict[str, Any]:
+    """Where a profile's prompts are from, and at most how many of each set are asked."""
+    return {"source": p.data, "n_prompts": cap(p)}
+
+
+def about(p: Profile) -> dict[str, Any]:
+    """What every file says of the run it is of: weights, numbers and prompts."""
+    return {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
+            "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, **source_of(p)}  # fmt: skip
+
+
+class Progress:
+    """Prints what has been done, and how long the rest will take at the pace of what was not simply read."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.last, self.made = total, 0, time.perf_counter(), []
+
+    def step(self, what: object) -> None:
+        """Count one thing that was done; below a second it was read from a file or the store."""
+        self.done, now = self.done + 1, time.perf_counter()
+        self.made += [now - self.last] if now - self.last > 1 else []
+        self.last = now
+        left = sum(self.made) / max(len(self.made), 1) * (self.total - self.done) / 60
+        print(f"{self.done}/{self.total} {what}; about {left:.0f} minutes left", flush=True)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """A full disk, and a run that was interrupted, in one sentence each."""
+    try:
+        with full_disk_in_words():
+            yield
+    except KeyboardInterrupt as stop:
+        raise SystemExit("Interrupted: give the same command again, and it goes on where it stopped.") from stop
+
+
+@contextmanager
+def said_by(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Bad input on the command line, in one sentence."""
+    try:
+        yield
+    except ValueError as error:
+        parser.error(str(error))
