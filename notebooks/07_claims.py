@@ -148,7 +148,8 @@ display(*tables)
 #
 # Here every claim's estimate and rule under other judges, k, ranks, layers, seeds and kinds of interval, from runs that exist already. A choice for which there are none
 # says "not varied", one that a method leaves no room for "by definition". Nothing is picked from these tables: the headline is what the claims table says, and among some twenty variants of a claim one or two will
-# stray by chance. Refits of C1 to C3 are in `data/results/choices`, those of C5 in `data/results/shared_heads`.
+# stray by chance. Refits of C1 to C3 are in `data/results/choices`, those of C5 in `data/results/shared_heads`, LoRA of other ranks and in half of the layers in
+# `data/results/finetuning/variants`.
 #
 # **What was not fixed beforehand.** The rules' text is older than the numbers, but what C6 and C8 are measured on changed after a first result: that came from two seeds, 120 prompts and a protected subspace of
 # rank 10 (C6 .44 [.09, .79], reproduced; C8 .23 [−.03, .53], not reproduced). Seeds and prompts became more, and the rank one that is chosen on validation prompts. Whether a verdict is another now, the table of section 1 tells.
