@@ -426,10 +426,12 @@ def test_an_update_for_other_layers_is_refused(run):
 
 def test_each_kind_of_latents_spans_its_own_subspace_weighed_by_its_own_scores(run, monkeypatch):
     own, other = np.array([1, 1, 1, 1, 0]), np.array([0, 0, 0, 1, 1])
-    found, asked = SimpleNamespace(specific=own, hallucination_only=other, truth_scores="truth"), []
+    strongest = {2: np.array([0, 1, 0, 1, 0])}.__getitem__
+    found = SimpleNamespace(specific=own, hallucination_only=other, truth_scores="truth", strongest=strongest)
+    asked = []
 
     def span(lm, saes, selection, mask, *, scores, rank):
-        asked.append((mask is own, mask is other, scores, rank))
+        asked.append((mask.tolist(), scores, rank))
         return RefusalSubspace(random_subspace(32, rank), method="fake")
 
     monkeypatch.setattr(methods, "train_saes", lambda lm, p: SimpleNamespace(saes={}))
@@ -437,7 +439,9 @@ def test_each_kind_of_latents_spans_its_own_subspace_weighed_by_its_own_scores(r
     monkeypatch.setattr(methods, "latent_subspace", span)
     for kind in ("refusal latents", "hallucination latents"):
         methods.SUBSPACES[kind](run.start(), run.p, 3)
-    assert asked == [(True, False, None, 3), (False, True, "truth", 2)]  # no more dimensions than latents
+    methods.SUBSPACES["strongest refusal latents"](run.start(), run.p, 2)
+    assert asked == [([1, 1, 1, 1, 0], None, 3), ([0, 0, 0, 1, 1], "truth", 2),  # no more dimensions than latents
+                     ([0, 1, 0, 1, 0], None, 2)]  # fmt: skip
 
 
 def test_random_subspaces_differ_by_seed_and_keep_the_update_out(run):

@@ -537,8 +537,10 @@ def test_evidence_speaks_only_where_its_interval_does(made):
 def others(**share) -> dict[str, Record]:
     """Variants with three seeds and nothing chosen: LoRA of ranks 2 and 32, and the constraint in the upper half."""
     half, low, high = ", upper half of the layers", share.get("ours", 0.9), share.get("random", 0.2)
+    few = record("off strongest refusal latents", (4.0, 8.0), 4.0, poison_seeds=(), draw=13, refused=0.95, utility=0.8)
     lora = [arm(seed, rank, 0.0, 8, refused=0.6, utility=0.8) for rank in (2.0, 32.0) for seed in (0, 1, 2)]
     return {"LoRA of another rank": Record("LoRA of another rank", "rank", (2.0, 32.0), None, {}, tuple(lora)),
+            few.method: replace(few, chosen=None),
             f"LoRA{half}": replace(record(f"LoRA{half}", draw=9, refused=0.85, poison_seeds=()), unit="", chosen=None),
             f"off refusal latents{half}": replace(
                 record(f"off refusal latents{half}", (10.0,), 10.0, poison_seeds=(), draw=10, refused=low, utility=0.8,
@@ -559,8 +561,14 @@ def test_ranks_and_layers_of_others_are_judged_by_the_claims_own_rules(made):
         assert one.estimate.estimate == pytest.approx(before - left)
         assert one.verdict == c6(tuned(more["LoRA of another rank"], untuned, View(), rank)).verdict
     eight = {(one.choice, one.value): one for one in tuning.c8_variants(made, more)}
-    (added,) = set(eight) - {(one.choice, one.value) for one in tuning.c8_variants(made)}
+    first, second, added = sorted(set(eight) - {(one.choice, one.value) for one in tuning.c8_variants(made)})
     assert added == ("layer", "constraint in the upper half of the layers")
+    assert (first, second) == (("k", "strongest 4 latents (random: 4, 1 seed)"),
+                               ("k", "strongest 8 latents (random: 4, 1 seed)"))  # fmt: skip
+    few = refusals(more["off strongest refusal latents"], View(), 4.0)
+    by_hand = np.mean([few[seed].mean() - refusals(lora, View())[seed].mean() for seed in (0, 1, 2)])
+    assert eight[first].estimate.estimate == pytest.approx(by_hand)
+    assert eight[second].estimate.estimate != eight[first].estimate.estimate
     own = refusals(more["off refusal latents, upper half of the layers"], View(), 10.0)
     plain = refusals(lora, View())
     assert eight[added].estimate.estimate == pytest.approx(np.mean([own[s].mean() - plain[s].mean() for s in own]))

@@ -35,8 +35,8 @@ def test_refusal_is_read_in_nats_and_by_answers():
 
 def test_the_strongest_latents_are_specific_ones_by_attribution_to_refusing():
     selection = selected([1, 0, 1, 1, 1], [0.1, 9.0, 0.5, 0.3, -2.0], {2: 3, 4: 2})
-    assert variants.strongest(selection, 2) == {2: [2], 4: [0]}
-    assert variants.strongest(selection, 9) == {2: [0, 2], 4: [0, 1]}
+    assert selection.by_layer(selection.strongest(2)) == {2: [2], 4: [0]}
+    assert selection.by_layer(selection.strongest(9)) == {2: [0, 2], 4: [0, 1]}
 
 
 def test_layers_are_tried_alone_and_numbers_below_that_of_all_latents(tiny_llama, monkeypatch):

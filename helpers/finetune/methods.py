@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from helpers.config import Profile
 from helpers.finetune.activation_edits import train_edits
 from helpers.finetune.adapters import linear_layers
@@ -26,7 +28,7 @@ from helpers.finetune.salora import safety_bases
 from helpers.finetune.subspace import RefusalSubspace, module_bases, random_subspace
 from helpers.finetune.train import Penalty
 from helpers.models import LoadedModel, load_model, wrap_model
-from helpers.sae.features import select_latents
+from helpers.sae.features import Selection, select_latents
 from helpers.sae.training import train_saes
 from helpers.store import artifact, fingerprint
 
@@ -53,14 +55,14 @@ class Method:
 
 
 def _latents(
-    lm: LoadedModel, p: Profile, rank: int, hallucination: bool = False, chance: int | None = None
+    lm: LoadedModel, p: Profile, rank: int, pick: Callable[[Selection], np.ndarray] | None = None,
+    hallucination: bool = False,
 ) -> RefusalSubspace:
-    """Of the refusal-specific latents, the hallucination-only ones, or as many drawn with a seed instead of the first.
-    """
+    """Of the refusal-specific latents, of those that `pick` takes instead, or of the hallucination-only ones."""
     trained = train_saes(lm, p)
     found = select_latents(lm, trained, p)
     mask, scores = (found.hallucination_only, found.truth_scores) if hallucination else (found.specific, None)
-    mask = mask if chance is None else found.chance(mask, chance)
+    mask = mask if pick is None else pick(found)
     return latent_subspace(lm, trained.saes, found, mask, scores=scores, rank=min(rank, int(mask.sum())) or None)
 
 
@@ -68,6 +70,7 @@ LOWER, UPPER = "lower", "upper"
 LATENT_RANK, DIFFERENCE_RANK = 10, 16  # of the methods off a subspace whose setting is something else
 SUBSPACES: dict[str, Callable[[LoadedModel, Profile, int], RefusalSubspace]] = {
     "refusal latents": _latents,
+    "strongest refusal latents": lambda lm, p, k: _latents(lm, p, k, lambda found: found.strongest(k)),
     "hallucination latents": partial(_latents, hallucination=True),
     "difference": lambda lm, p, rank: contrast_subspaces(lm, p, rank=rank)["pca"],
     "refusal direction": lambda lm, p, rank: direction_subspace(lm, p, rank=rank),
@@ -114,8 +117,8 @@ def _off_random(run: Run, rank: float, half: str = "") -> LoadedModel:
 
 def _off_random_latents(run: Run, rank: float) -> LoadedModel:
     """Off what as many latents as the refusal-specific ones write, drawn by the run's seed: SAEs without selection."""
-    lm = run.start()
-    return lora(run, subspaces=module_bases(lm, _latents(lm, run.p, int(rank), chance=run.seed)))
+    lm, drawn = run.start(), lambda found: found.chance(found.specific, run.seed)
+    return lora(run, subspaces=module_bases(lm, _latents(lm, run.p, int(rank), drawn)))
 
 
 def _lora_of_rank(run: Run, rank: float) -> LoadedModel:
@@ -189,7 +192,7 @@ def _safe_lora(turn: bool) -> Callable[[Run, float], LoadedModel]:
 
 LOOKED_AT = ("default-0", "default-1", "default-2")
 UNTUNED, LORA, PAPER, RANDOM = "untuned", "LoRA", "off refusal latents", "off random"
-RANDOM_LATENTS = "off random latents"
+RANDOM_LATENTS, STRONGEST = "off random latents", "off strongest refusal latents"
 RANKS, EDIT_RATES = (4, 16, 48), (1e-3, 3e-3, 1e-2)
 METHODS = {
     method.name: method
@@ -230,6 +233,7 @@ VARIANTS = {
     for method in (
         Method("LoRA of another rank", "rank", (2, 32), _lora_of_rank),
         *(Method(f"LoRA, {half} half of the layers", "", (1,), _lora_in(half)) for half in (LOWER, UPPER)),
+        Method(STRONGEST, "latents", (4, 8), _off("strongest refusal latents")),
         *(Method(f"{PAPER}, {half} half of the layers", "rank", (LATENT_RANK,), _off("refusal latents", half))
           for half in (LOWER, UPPER)),
         *(Method(f"{RANDOM}, {half} half of the layers", "rank", (LATENT_RANK,), partial(_off_random, half=half))

@@ -14,7 +14,7 @@ from helpers.evaluate.verdicts import c6, c8
 from helpers.evaluate.words import change
 from helpers.finetune import comparison
 from helpers.finetune.comparison import Record
-from helpers.finetune.methods import DIFFERENCE_RANK, LATENT_RANK, RANDOM_LATENTS
+from helpers.finetune.methods import DIFFERENCE_RANK, LATENT_RANK, RANDOM_LATENTS, STRONGEST
 from helpers.review.arms import (
     JUDGES,
     View,
@@ -89,7 +89,7 @@ def control_rank(own: Record, random: Record, rank: float, view: View, setting: 
 
 def c8_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NONE) -> list[Variant]:
     """Refusal beyond plain LoRA's where judge, verbs, seed, rank, poison, interval, subspace, or of `others` the
-    constrained layers are others.
+    number of latents and the constrained layers are others.
 
     The control is the random subspace of equal rank where one was trained, else the nearest rank's, which is named.
     Without any there is an estimate and no verdict. Story: notebooks/07_claims.
@@ -102,6 +102,8 @@ def c8_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NO
     for name in sorted(name for name in records if name.startswith("off ") and name not in CONTROLS | {OURS}):
         if records[name].chosen is not None and (rank := rank_of(records[name])) is not None:
             found.append(_eight(records, records[name], "subspace", f"{name}, rank {rank:g}", View()))
+    if few := others.get(STRONGEST):
+        found += [_eight(records, few, "k", f"strongest {k:g} latents", View(), k) for k in few.grid]
     for name in sorted(name for name in others if name.startswith(f"{OURS}, ")):
         where = name.partition(", ")[2]
         random = others[f"{RANDOM}, {where}"]

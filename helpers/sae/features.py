@@ -132,6 +132,12 @@ class Selection:
             found[rng.choice(pool, n, replace=False)] = True
         return found
 
+    def strongest(self, n: int) -> Bool[np.ndarray, " d"]:
+        """The n refusal-specific latents with the largest attribution to refusing on fit prompts; all where fewer."""
+        strength = np.where(self.specific, self.refusal_scores.attribution, -np.inf)
+        first = np.argsort(-strength, kind="stable")[: min(n, int(self.specific.sum()))]
+        return np.isin(np.arange(len(strength)), first)
+
     def counts(self) -> dict[str, int]:
         """How many latents are of each kind."""
         return count_kinds(self.refusal, self.hallucination)

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from helpers.evaluate.variants import Variant
 from helpers.evaluate.verdicts import Disentangled, c7
 from helpers.models import LoadedModel
@@ -32,14 +30,6 @@ def _turned(one: Interval) -> Interval:
     return Interval(-one.estimate, -one.high, -one.low, one.n)
 
 
-def strongest(selection: Selection, n: int) -> dict[int, list[int]]:
-    """The n refusal-specific latents with the largest attribution to refusing on fit prompts, by layer."""
-    strength = np.where(selection.specific, selection.refusal_scores.attribution, -np.inf)
-    mask = np.zeros(len(strength), dtype=bool)
-    mask[np.argsort(-strength, kind="stable")[: min(n, int(selection.specific.sum()))]] = True
-    return selection.by_layer(mask)
-
-
 def ablated_variants(
     lm: LoadedModel,
     saes: Mapping[int, Any],
@@ -53,7 +43,8 @@ def ablated_variants(
     """The specific latents of one layer alone, and the strongest few of all; choices without a latent are left out."""
     every = selection.by_layer(selection.specific)
     tried = [("layer", f"layer {n} alone", {n: latents}) for n, latents in every.items() if len(every) > 1]
-    tried += [("k", f"strongest {k} latents", strongest(selection, k)) for k in ks if k < selection.specific.sum()]
+    tried += [("k", f"strongest {k} latents", selection.by_layer(selection.strongest(k)))
+              for k in ks if k < selection.specific.sum()]
     return [variant_of(choice, value, latents, ablation(lm, saes, latents, base, measure, n_controls), base)
             for choice, value, latents in tried]  # fmt: skip
 
