@@ -47,10 +47,7 @@ class SaeConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tuning: adapter rank, optimizer, the subspace's dimension where none is chosen, poison shares, and seeds.
-
-    `poison_seeds` are the seeds of the arms with poison; those without run every seed.
-    """
+    """Fine-tuning: adapter rank, optimizer, the subspace's dimension where none is chosen, poison shares, and seeds."""
 
     rank: int = 8
     lr: float = 3e-3
@@ -59,7 +56,6 @@ class FinetuneConfig:
     subspace_dim: int = 16
     poison_ratios: tuple[float, ...] = (0.0, 0.1)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    poison_seeds: tuple[int, ...] = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,6 @@ _LARGE = Profile(
         subspace_dim=32,
         poison_ratios=(0.0, 0.05, 0.1, 0.2),
         seeds=(0, 1, 2, 3, 4),
-        poison_seeds=(0, 1, 2, 3, 4),
     ),
 )
 
@@ -135,11 +130,7 @@ PROFILES: dict[str, Profile] = {
             seeds=(0, 1, 2, 3, 4),
             n_prompts=None,
             sae=replace(_ORGANISM.sae, n_tokens=2_000_000),
-            finetune=replace(
-                _ORGANISM.finetune,
-                poison_ratios=(0.0, 0.05, 0.1, 0.2),
-                poison_seeds=(0, 1, 2, 3, 4),
-            ),
+            finetune=replace(_ORGANISM.finetune, poison_ratios=(0.0, 0.05, 0.1, 0.2)),
         ),
         replace(
             _LARGE,
@@ -153,9 +144,7 @@ PROFILES: dict[str, Profile] = {
             n_prompts=100,
             influence=InfluenceConfig(n_prompts=32, k=16),
             sae=SaeConfig(layers=(14,), width=8192, k=32, n_tokens=2_000_000, lr=4e-4, batch_size=2048),
-            finetune=FinetuneConfig(
-                rank=8, lr=2e-4, steps=300, batch_size=8, subspace_dim=16, seeds=(0,), poison_seeds=(0,)
-            ),
+            finetune=FinetuneConfig(rank=8, lr=2e-4, steps=300, batch_size=8, subspace_dim=16, seeds=(0,)),
         ),
         _LARGE,
         replace(

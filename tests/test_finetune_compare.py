@@ -50,11 +50,12 @@ def fakes(monkeypatch, tmp_path):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
     none = lambda run, setting: None  # noqa: E731
     grids = {UNTUNED: (0,), LORA: (1,), "ours": (4, 16, 48)}
-    monkeypatch.setattr(c, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
+    for module in (c, j):
+        monkeypatch.setattr(module, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
     ran, level = [], {(UNTUNED, 0): (0.8, 0.5), (LORA, 1): (0.4, 0.8), ("ours", 4): (0.5, 0.8),
                       ("ours", 16): (0.6, 0.79), ("ours", 48): (0.9, 0.6)}  # fmt: skip
 
-    def run_job(p, job):
+    def run_job(p, job, data=""):
         ran.append(job)
         return fake_arm(job, *level[job.method, job.setting])
 
@@ -66,9 +67,9 @@ def test_the_plan_chooses_at_seed_zero_then_runs_seeds_and_poison_at_the_chosen_
     c.compare(profile("organism"), ["ours"], tmp_path / "out")
     ours = [(job.setting, job.poison, job.seed) for job in fakes if job.method == "ours"]
     assert ours == [(4, 0, 0), (16, 0, 0), (48, 0, 0), *[(16, 0, s) for s in (1, 2, 3, 4)],
-                    *[(16, 0.1, s) for s in (0, 1, 2)]]  # fmt: skip
+                    *[(16, 0.1, s) for s in range(5)]]  # fmt: skip
     assert [job for job in fakes if job.method == UNTUNED] == [j.Job(UNTUNED, 0)]
-    assert len([job for job in fakes if job.method == LORA]) == 8
+    assert len([job for job in fakes if job.method == LORA]) == 10
     found = k.load(tmp_path / "out")
     assert found["ours"].chosen == 16 and set(found) == {UNTUNED, LORA, "ours"}
     gains = {s: on["gain"] for s, on in found["ours"].on_val.items()}
@@ -78,15 +79,16 @@ def test_the_plan_chooses_at_seed_zero_then_runs_seeds_and_poison_at_the_chosen_
 def test_random_subspaces_are_run_at_the_rank_of_the_papers_method_too(fakes, tmp_path, monkeypatch):
     none = lambda run, setting: None  # noqa: E731
     grids = {UNTUNED: (0,), LORA: (1,), c.PAPER: (4, 10), c.RANDOM: (4, 16)}
-    monkeypatch.setattr(c, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
+    for module in (c, j):
+        monkeypatch.setattr(module, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
     level = {(UNTUNED, 0): (0.8, 0.5), (LORA, 1): (0.4, 0.8), (c.PAPER, 4): (0.3, 0.8), (c.PAPER, 10): (0.7, 0.8),
              (c.RANDOM, 4): (0.3, 0.8), (c.RANDOM, 16): (0.5, 0.8), (c.RANDOM, 10): (0.4, 0.8)}  # fmt: skip
     made = lambda job: fake_arm(job, *level[job.method, job.setting])  # noqa: E731
-    monkeypatch.setattr(j, "run_job", lambda p, job: fakes.append(job) or made(job))
+    monkeypatch.setattr(j, "run_job", lambda p, job, data: fakes.append(job) or made(job))
     c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path)
     ran = {(name, at): [(j.poison, j.seed) for j in fakes if (j.method, j.setting) == (name, at)]
            for name in (c.PAPER, c.RANDOM) for at in (4, 10, 16)}  # fmt: skip
-    benign, poison = [(0, s) for s in range(5)], [(0.1, s) for s in range(3)]
+    benign, poison = [(0, s) for s in range(5)], [(0.1, s) for s in range(5)]
     assert ran[c.RANDOM, 10] == ran[c.PAPER, 10] == benign + poison  # the chosen rank
     assert ran[c.RANDOM, 4] == ran[c.PAPER, 4] == benign  # the paper's other rank is swept without poison
     assert ran[c.RANDOM, 16] == benign + poison and ran[c.PAPER, 16] == []  # random subspaces' own choice
@@ -98,7 +100,7 @@ def test_random_subspaces_are_run_at_the_rank_of_the_papers_method_too(fakes, tm
     assert fakes == [] and len(k.load(tmp_path)[c.RANDOM].arms) == before
     c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path / "chosen", sweep=False)
     assert [job.seed for job in fakes if job.setting == 4 and job.method in (c.PAPER, c.RANDOM)] == [0, 0]
-    assert len([job for job in fakes if (job.method, job.setting) == (c.RANDOM, 10)]) == 8
+    assert len([job for job in fakes if (job.method, job.setting) == (c.RANDOM, 10)]) == 10
 
 
 def test_further_poison_shares_are_run_beside_those_in_the_files(fakes, tmp_path):
@@ -108,11 +110,11 @@ def test_further_poison_shares_are_run_beside_those_in_the_files(fakes, tmp_path
     fakes.clear()
     c.compare(p, ["ours"], out, keep=True, poison=(0.05, 0.2))
     assert fakes == [j.Job(name, s, share, seed) for name, s in ((LORA, 1), ("ours", 16))
-                     for share in (0.05, 0.2) for seed in (0, 1, 2)]  # fmt: skip
+                     for share in (0.05, 0.2) for seed in range(5)]  # fmt: skip
     found = k.load(out)["ours"]
     after = json.loads((out / "ours.json").read_text())["arms"]
-    assert all(arm in after for arm in before) and len(after) == len(before) + 6
-    assert [found.matrix("answered", share).shape[0] for share in (0.05, 0.1, 0.2)] == [3, 3, 3]
+    assert all(arm in after for arm in before) and len(after) == len(before) + 10
+    assert [found.matrix("answered", share).shape[0] for share in (0.05, 0.1, 0.2)] == [5, 5, 5]
     assert [len(k.table(k.load(out), poison=share)) for share in (0.05, 0.1, 0.2, 0.3)] == [3, 3, 3, 0]
 
 
@@ -150,7 +152,7 @@ def test_the_command_line_passes_the_poison_shares_on(monkeypatch, tmp_path):
 def test_test_prompts_choose_nothing(fakes, tmp_path, monkeypatch):
     whole = j.run_job
 
-    def flipped(p, job):
+    def flipped(p, job, data):
         arm = whole(p, job)
         arm["bits"]["test"] = {n: x.translate(str.maketrans("01", "10")) for n, x in arm["bits"]["test"].items()}
         return arm
@@ -165,7 +167,7 @@ def test_test_prompts_choose_nothing(fakes, tmp_path, monkeypatch):
 def test_a_run_that_was_killed_keeps_its_arms_and_goes_on_with_those_that_are_missing(fakes, tmp_path, monkeypatch):
     whole, out = j.run_job, tmp_path / "out"
 
-    def killed(p, job):
+    def killed(p, job, data):
         if job == j.Job("ours", 48):
             raise KeyboardInterrupt
         return whole(p, job)
@@ -179,7 +181,7 @@ def test_a_run_that_was_killed_keeps_its_arms_and_goes_on_with_those_that_are_mi
     c.compare(profile("organism"), ["ours"], out, keep=True)
     again = fakes[len(before) :]
     assert not set(before) & set(again) and j.Job("ours", 48) in again
-    assert len(json.loads((out / "ours.json").read_text())["arms"]) == 10
+    assert len(json.loads((out / "ours.json").read_text())["arms"]) == 12
     fakes.clear()
     c.compare(replace(profile("organism"), model="data/organism/helpful"), ["ours"], out, keep=True)
     assert j.Job("ours", 4) in fakes  # another model's arms are not taken
@@ -198,7 +200,7 @@ def test_a_full_disk_is_one_sentence_and_other_errors_stay_themselves(fakes, tmp
 
 
 def test_variants_are_trained_with_every_seed_and_nothing_is_chosen_among_them(fakes, tmp_path, monkeypatch):
-    monkeypatch.setattr(j, "run_job", lambda p, job: fakes.append(job) or fake_arm(job))
+    monkeypatch.setattr(j, "run_job", lambda p, job, data: fakes.append(job) or fake_arm(job))
     c.vary(profile("organism"), tmp_path)
     wanted = [(one.name, setting, seed) for one in c.VARIANTS.values() for setting in one.grid for seed in range(5)]
     assert sorted((job.method, job.setting, job.seed) for job in fakes) == sorted(wanted)
@@ -216,7 +218,7 @@ def test_variants_lie_beside_the_comparison_and_are_no_part_of_it(fakes, tmp_pat
     monkeypatch.setattr(c, "compare", None)
     c.main(["--variants", "--out", str(tmp_path), "--workers", "2"])
     assert fakes == [(tmp_path / k.VARIED, 2)]
-    monkeypatch.setattr(j, "run_job", lambda p, job: fake_arm(job))
+    monkeypatch.setattr(j, "run_job", lambda p, job, data: fake_arm(job))
     monkeypatch.undo()
     assert not set(k.load()) & set(c.VARIANTS) and set(k.varied()) == set(c.VARIANTS)
 

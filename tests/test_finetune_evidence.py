@@ -12,7 +12,6 @@ from test_finetune_compare import fake_arm, record
 from helpers.config import profile
 from helpers.evaluate.behaviour import requests
 from helpers.evaluate.verdicts import c6, c8
-from helpers.finetune import compare as c
 from helpers.finetune import comparison as k
 from helpers.finetune import evidence as e
 from helpers.finetune import jobs as j
@@ -83,7 +82,7 @@ def write(folder, p, methods=(UNTUNED, LORA, PAPER, RANDOM), **other):
         method = METHODS[name]
         arms = [fake_arm(j.Job(name, method.grid[0], 0.0, seed)) for seed in (0, 1)]
         head = j.about(p) | {"method": name, "unit": "", "grid": method.grid, "chosen": method.grid[0], "on_val": {}}
-        (folder / f"{method.slug}.json").write_text(json.dumps(c.plain(head | {"arms": arms} | other)))
+        (folder / f"{method.slug}.json").write_text(json.dumps(j.plain(head | {"arms": arms} | other)))
 
 
 def test_the_files_count_only_where_they_are_of_these_weights_numbers_and_prompts(tmp_path, monkeypatch):
@@ -129,7 +128,7 @@ def test_one_seed_is_trained_here_at_the_settings_in_the_files_and_laid_beside_t
     ev, ran = found(), []
     p = profile("organism")
 
-    def run_job(p, job):
+    def run_job(p, job, data=""):
         ran.append(job)
         level = {UNTUNED: 1.0, LORA: 0.4, PAPER: 0.9, RANDOM: 0.5}[job.method]
         return fake_arm(job, level, 0.3 if job.method == UNTUNED else 0.9)
@@ -148,7 +147,7 @@ def test_one_seed_is_trained_here_at_the_settings_in_the_files_and_laid_beside_t
 def test_siblings_are_compared_with_their_own_untuned_model(monkeypatch, tmp_path):
     p = replace(profile("organism"), siblings={"reversed": str(tmp_path), "absent": str(tmp_path / "not there")})
 
-    def run_job(p, job):
+    def run_job(p, job, data=""):
         assert Path(p.model) == tmp_path
         return fake_arm(job, 0.9 if job.method == UNTUNED else 0.2)
 
@@ -231,13 +230,18 @@ def test_a_scenario_is_trained_at_the_chosen_settings_and_read_like_the_comparis
         ran.append((job, data))
         return fake_arm(job, 0.8 if job.method == UNTUNED else 0.2, 0.5)
 
-    monkeypatch.setattr(scenarios, "run_job", run_job)
+    monkeypatch.setattr(j, "run_job", run_job)
     scenarios.train_on(p, one, [PAPER], tmp_path / "own", tmp_path / "out")
     share = 0.0 if name == "identity" else 0.1
-    assert ran == [(job, name) for job in (j.Job(UNTUNED, 0), *(j.Job(LORA, 1, share, s) for s in (0, 1, 2)),
-                                           *(j.Job(PAPER, 4, share, s) for s in (0, 1, 2)))]  # fmt: skip
+    assert ran == [(job, name) for job in (j.Job(UNTUNED, 0), *(j.Job(LORA, 1, share, s) for s in range(5)),
+                                           *(j.Job(PAPER, 4, share, s) for s in range(5)))]  # fmt: skip
     rows = k.table(k.load(tmp_path / "out"), ("refused",), poison=share)
     assert [row["method"] for row in rows] == [UNTUNED, LORA, PAPER]
+    ran.clear()
+    later = replace(p, finetune=replace(p.finetune, seeds=(0, 1, 2, 3, 4, 5)))
+    scenarios.train_on(later, one, [PAPER], tmp_path / "own", tmp_path / "out", keep=True)
+    assert ran == [(j.Job(LORA, 1, share, 5), name), (j.Job(PAPER, 4, share, 5), name)]
+    assert k.load(tmp_path / "out")[PAPER].matrix("refused", share).shape[0] == 6
     with pytest.raises(ValueError, match="No setting of 'KL' has been chosen: run"):
         scenarios.train_on(p, one, ["KL"], tmp_path / "own", tmp_path / "out")
 

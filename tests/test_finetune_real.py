@@ -21,8 +21,7 @@ def test_a_real_profile_goes_from_training_to_verdicts(tiny_folders, tmp_path, m
     monkeypatch.setattr(j, "N_TASKS", 2)
     monkeypatch.setattr(e, "workers", lambda p: 1)
     sae = SaeConfig(layers=(1,), width=64, k=4, n_tokens=2048, lr=1e-3, batch_size=128)
-    tuning = FinetuneConfig(rank=4, steps=2, batch_size=2, subspace_dim=4, poison_ratios=(0.0, 0.5), seeds=(0,),
-                            poison_seeds=(0,))  # fmt: skip
+    tuning = FinetuneConfig(rank=4, steps=2, batch_size=2, subspace_dim=4, poison_ratios=(0.0, 0.5), seeds=(0,))
     model = str(tiny_folders[family])
     p = replace(PROFILES["colab-t4"], model=model, base=model, dtype=dtype, device=None, n_prompts=3, max_new_tokens=3,
                 sae=sae, finetune=tuning)  # fmt: skip

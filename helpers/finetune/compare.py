@@ -9,20 +9,18 @@ where it stopped. Test prompts are asked in every arm and choose nothing. `compa
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from helpers.config import PROFILES, Profile, models_here
 from helpers.finetune.choosing import OnVal, choose
 from helpers.finetune.comparison import RESULTS, VARIED, Arm, shares
-from helpers.finetune.jobs import Job, Progress, about, one_sentence, run_jobs, said_by, source_of
+from helpers.finetune.jobs import Job, Progress, about, kept, one_sentence, run_jobs, said_by, source_of
 from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED, VARIANTS
-from helpers.store import plain, write_json
+from helpers.store import write_json
 
 DEFAULT = "default-1"
 NEEDS_BASE = ("SafeLoRA", "SafeLoRA, shrunk only")
@@ -36,7 +34,7 @@ def further(p: Profile, method: str, setting: float) -> list[Job]:
 
 def poisoned(p: Profile, method: str, setting: float, shares: Sequence[float]) -> list[Job]:
     """The arms of the chosen setting with poison."""
-    seeds = () if method == UNTUNED else p.finetune.poison_seeds
+    seeds = () if method == UNTUNED else p.finetune.seeds
     return [Job(method, setting, share, seed) for share in shares for seed in seeds]
 
 
@@ -72,7 +70,7 @@ def compare(
     head_of_all = about(p)
     arms: dict[str, dict[Job, dict]] = {name: {} for name in methods}
     chosen: dict[str, float] = {}
-    known = _kept(out, head_of_all) if keep else {}
+    known = kept(out, head_of_all) if keep else {}
 
     def work(jobs: Sequence[Job]) -> None:
         for job, found in zip(jobs, run_jobs(p, jobs, workers, known), strict=True):
@@ -132,25 +130,6 @@ def vary(p: Profile, out: Path = RESULTS / VARIED, workers: int = 1) -> None:
                 progress.step(job)
             head = {"method": method.name, "unit": method.unit, "grid": method.grid, "chosen": None, "on_val": {}}
             write_json(out / f"{method.slug}.json", about(p) | head | {"arms": arms})
-
-
-def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether a method's file is there and of these weights, numbers and prompts."""
-    file = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = {"source": "organism", "n_prompts": None} | file
-    names = ("weights", "config", "n_tasks", "source", "n_prompts")
-    return all(found.get(name) == plain(wanted[name]) for name in names)
-
-
-def _kept(out: Path, wanted: Mapping[str, Any]) -> dict[Job, dict]:
-    """The arms in the files of an earlier call on the same weights with the same numbers, whatever code made them."""
-    found = {}
-    for method in METHODS.values():
-        path = out / f"{method.slug}.json"
-        if same_run(path, wanted):
-            arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
-            found |= {Job(**{n: arm[n] for n in Job.__dataclass_fields__}): arm for arm in arms}
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

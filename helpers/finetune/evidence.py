@@ -16,9 +16,9 @@ import torch
 
 from helpers.config import Profile, artifacts_dir, locate
 from helpers.evaluate.verdicts import Constrained, FineTuned
-from helpers.finetune.compare import compare, same_run
+from helpers.finetune.compare import compare
 from helpers.finetune.comparison import MEASURES, RESULTS, Arm, Record, difference, gain_ratio, load, share
-from helpers.finetune.jobs import Job, about, arms_of, look
+from helpers.finetune.jobs import Job, about, arms_of, look, same_run
 from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED, subspace
 from helpers.models import LoadedModel
 from helpers.stats import Interval

@@ -6,6 +6,7 @@ A killed run therefore goes on where it stopped. `compare` and `scenarios` say w
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -23,11 +25,11 @@ from helpers.evaluate.behaviour import cap, measure, prompts, tasks
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.finetune.comparison import N_TASKS, Arm
 from helpers.finetune.drift import drift
-from helpers.finetune.methods import EVERY
+from helpers.finetune.methods import EVERY, METHODS
 from helpers.finetune.runs import Run, update_norm
 from helpers.finetune.train import TrainConfig
 from helpers.models import LoadedModel
-from helpers.store import cached_json, code_version, fingerprint, full_disk_in_words
+from helpers.store import cached_json, code_version, fingerprint, full_disk_in_words, plain
 from helpers.truth.dial import bits
 
 
@@ -82,17 +84,17 @@ def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
 
 
 def run_jobs(
-    p: Profile, jobs: Sequence[Job], workers: int = 1, known: Mapping[Job, dict[str, Any]] = NONE
+    p: Profile, jobs: Sequence[Job], workers: int = 1, known: Mapping[Job, dict[str, Any]] = NONE, data: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """The arms of these jobs in their order: those of `known` as they are, the others by run_job in `workers` processes
-    of one thread each.
+    """The arms of these jobs on `data` in their order: those of `known` as they are, the others by run_job in `workers`
+    processes of one thread each.
     """
     missing = [job for job in jobs if job not in known]
     if min(workers, len(missing)) <= 1:
-        yield from (known[job] if job in known else run_job(p, job) for job in jobs)
+        yield from (known[job] if job in known else run_job(p, job, data) for job in jobs)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        made = pool.map(partial(run_job, p), missing)
+        made = pool.map(partial(run_job, p, data=data), missing)
         yield from (known[job] if job in known else next(made) for job in jobs)
 
 
@@ -110,6 +112,25 @@ def about(p: Profile) -> dict[str, Any]:
     """What every file says of the run it is of: weights, numbers and prompts."""
     return {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
             "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, **source_of(p)}  # fmt: skip
+
+
+def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a method's file is there and of these weights, numbers and prompts."""
+    file = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {"source": "organism", "n_prompts": None} | file
+    names = ("weights", "config", "n_tasks", "source", "n_prompts")
+    return all(found.get(name) == plain(wanted[name]) for name in names)
+
+
+def kept(out: Path, wanted: Mapping[str, Any]) -> dict[Job, dict]:
+    """The arms in the files of an earlier call on the same weights with the same numbers, whatever code made them."""
+    found = {}
+    for method in METHODS.values():
+        path = out / f"{method.slug}.json"
+        if same_run(path, wanted):
+            arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+            found |= {Job(**{n: arm[n] for n in Job.__dataclass_fields__}): arm for arm in arms}
+    return found
 
 
 class Progress:

@@ -16,7 +16,7 @@ import torch
 
 from helpers.config import Profile, profile
 from helpers.finetune.comparison import RESULTS, load
-from helpers.finetune.jobs import Job, Progress, about, one_sentence, run_job, said_by
+from helpers.finetune.jobs import Job, Progress, about, kept, one_sentence, run_jobs, said_by
 from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED
 from helpers.finetune.runs import IDENTITY, OTHER, SAME
 from helpers.store import write_json
@@ -51,11 +51,11 @@ SCENARIOS = {
 
 def train_on(
     p: Profile, scenario: Scenario, methods: Sequence[str] | None = None, results: Path = RESULTS,
-    out: Path | None = None,
+    out: Path | None = None, workers: int = 1, keep: bool = False,
 ) -> None:
-    """Train methods (default: the scenario's) at their chosen settings on a scenario's data with the seeds of the arms
-    with poison, and write their files in `out` (default: its folder); the untuned model and plain LoRA are always
-    among them.
+    """Train methods (default: the scenario's) at their chosen settings on a scenario's data with every seed, and write
+    their files in `out` (default: its folder); the untuned model and plain LoRA are always among them. With `keep` the
+    arms that the files hold already are taken.
 
     ValueError for a method without a chosen setting in `results`. Story: notebooks/06_orthogonal_finetuning.
     """
@@ -65,13 +65,13 @@ def train_on(
     if missing := [name for name in methods if name not in records or records[name].chosen is None]:
         raise ValueError(f"No setting of {missing[0]!r} has been chosen: run python -m helpers.finetune.compare first.")
     jobs = {name: [Job(name, records[name].chosen, 0.0 if name == UNTUNED else scenario.poison, seed)
-                   for seed in ((0,) if name == UNTUNED else p.finetune.poison_seeds)] for name in methods}  # fmt: skip
-    progress = Progress(sum(map(len, jobs.values())))
+                   for seed in ((0,) if name == UNTUNED else p.finetune.seeds)] for name in methods}  # fmt: skip
+    progress, known = Progress(sum(map(len, jobs.values()))), kept(out, about(p)) if keep else {}
     with one_sentence():
         for name in methods:
             arms = []
-            for job in jobs[name]:
-                arms.append(run_job(p, job, scenario.data))
+            for job, arm in zip(jobs[name], run_jobs(p, jobs[name], workers, known, scenario.data), strict=True):
+                arms.append(arm)
                 progress.step(f"{scenario.data}: {job}")
             setting = records[name].chosen
             head = {"method": name, "unit": METHODS[name].unit, "grid": [setting], "chosen": setting, "on_val": {}}
@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(SCENARIOS)}; all by default")
     parser.add_argument("--methods", nargs="+", help="the scenario's by default")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="take the arms that are in the files already")
     args = parser.parse_args(argv)
     for name in args.scenarios:
         if name not in SCENARIOS:
@@ -93,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     for name in args.scenarios or SCENARIOS:
         with said_by(parser):
-            train_on(profile("organism"), SCENARIOS[name], args.methods, args.results)
+            train_on(profile("organism"), SCENARIOS[name], args.methods, args.results, None, args.workers, args.keep)
 
 
 if __name__ == "__main__":
