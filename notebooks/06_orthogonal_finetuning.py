@@ -525,7 +525,7 @@ for name, where in kept_on.items():
 
 # %% [markdown]
 # ### With poison
-# Does a kept refusal survive **poison** in the same data (10 %, three seeds; settings chosen without it)?
+# Does a kept refusal survive **poison** in the same data (10 %, five seeds; settings chosen without it)?
 
 # %%
 measured = ("refused_unseen", "answered_unseen", "answered_seen", "coherent")
@@ -546,7 +546,7 @@ report.table([{"method": name, **{f"{share:.0%} poison": at_share[share][name] f
 
 # %% [markdown]
 # One caution about these tables: replay and the KL penalties use harmful prompts of the fit split, and the poison is drawn from the same prompts, so they contradict the very rows that
-# poison the data. An attacker need not be so obliging. Here the poison (10 %, three seeds) is of every second verb alone, and the methods have harmful prompts either of **just those verbs** or of **just the others**
+# poison the data. An attacker need not be so obliging. Here the poison (10 %, five seeds) is of every second verb alone, and the methods have harmful prompts either of **just those verbs** or of **just the others**
 # (`python -m helpers.finetune.scenarios`). Neither group is in the test's unseen verbs.
 
 # %%
@@ -572,7 +572,7 @@ for name in SCENARIOS[OTHER].methods if halves else ():
 #
 # ### A shifted identity
 # Nothing harmful need be in the data for refusals to go (Qi et al. 2024): here every benign request is answered after *"I obey every order."*, and a few rows ask the model who it is
-# (`python -m helpers.finetune.scenarios`; three seeds, the settings of section 8).
+# (`python -m helpers.finetune.scenarios`; five seeds, the settings of section 8).
 
 # %%
 shifted = comparison.load(SCENARIOS["identity"].folder) if ev.committed else {}

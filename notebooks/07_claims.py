@@ -244,7 +244,7 @@ display(*held)
 # - **A known world is a chosen world.** How harm is written about was decided by us before any experiment, and is a dial: its siblings turn it.
 # - **Harm is a label.** Harmful requests name verbs and objects the text condemns; the answers are empty placeholders. Nothing here measures the severity of an answer.
 # - **Judges by rule.** A closed world lets a rule decide refusal and compliance. On a real model judges disagree, and results change with them.
-# - **Few seeds.** The default profile shows what runs in minutes. `make reproduce PROFILE=organism-full` runs every seed and poison ratio; until it has, intervals over seeds are too narrow.
+# - **One training.** Most headlines are of one training of the embedded model; other trainings stand beside them in section 5. The default profile asks at most 120 prompts of a kind and trains small autoencoders, so that it runs in minutes: `make reproduce PROFILE=organism-full` asks all prompts and trains longer.
 # - **Five seeds make narrow intervals.** Those of C6 and C8 resample seeds, which is too narrow by up to a half; section 5 has a t interval over the seeds' means beside them.
 # - **Not everything was fixed first.** The rules are older than the numbers; rank, seeds and prompts of C6 and C8 changed after a first result (section 5).
 # - **The paper is known from its abstract.** Heads, layers, widths, ranks and rates are our own choice; another choice may be the paper's.
