@@ -13,6 +13,7 @@ from helpers.evaluate.behaviour import Prompts, measure, prompts, tasks
 from helpers.finetune import closer
 from helpers.finetune import compare as c
 from helpers.finetune import comparison as k
+from helpers.finetune import evidence as e
 from helpers.finetune import jobs as j
 from helpers.finetune.drift import drift
 from helpers.finetune.methods import LORA, UNTUNED, Method
@@ -50,8 +51,7 @@ def fakes(monkeypatch, tmp_path):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
     none = lambda run, setting: None  # noqa: E731
     grids = {UNTUNED: (0,), LORA: (1,), "ours": (4, 16, 48)}
-    for module in (c, j):
-        monkeypatch.setattr(module, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
+    monkeypatch.setattr(c, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
     ran, level = [], {(UNTUNED, 0): (0.8, 0.5), (LORA, 1): (0.4, 0.8), ("ours", 4): (0.5, 0.8),
                       ("ours", 16): (0.6, 0.79), ("ours", 48): (0.9, 0.6)}  # fmt: skip
 
@@ -79,8 +79,7 @@ def test_the_plan_chooses_at_seed_zero_then_runs_seeds_and_poison_at_the_chosen_
 def test_random_subspaces_are_run_at_the_rank_of_the_papers_method_too(fakes, tmp_path, monkeypatch):
     none = lambda run, setting: None  # noqa: E731
     grids = {UNTUNED: (0,), LORA: (1,), c.PAPER: (4, 10), c.RANDOM: (4, 16)}
-    for module in (c, j):
-        monkeypatch.setattr(module, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
+    monkeypatch.setattr(c, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
     level = {(UNTUNED, 0): (0.8, 0.5), (LORA, 1): (0.4, 0.8), (c.PAPER, 4): (0.3, 0.8), (c.PAPER, 10): (0.7, 0.8),
              (c.RANDOM, 4): (0.3, 0.8), (c.RANDOM, 16): (0.5, 0.8), (c.RANDOM, 10): (0.4, 0.8)}  # fmt: skip
     made = lambda job: fake_arm(job, *level[job.method, job.setting])  # noqa: E731
@@ -101,6 +100,29 @@ def test_random_subspaces_are_run_at_the_rank_of_the_papers_method_too(fakes, tm
     c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path / "chosen", sweep=False)
     assert [job.seed for job in fakes if job.setting == 4 and job.method in (c.PAPER, c.RANDOM)] == [0, 0]
     assert len([job for job in fakes if (job.method, job.setting) == (c.RANDOM, 10)]) == 10
+
+
+def test_random_subspaces_have_the_rank_that_the_latents_have_not_the_one_asked_for(fakes, tmp_path, monkeypatch):
+    none = lambda run, setting: None  # noqa: E731
+    some = (Method(UNTUNED, "", (0,), none), Method(LORA, "", (1,), none),
+            Method(c.PAPER, "rank", (4, 10, 16), none, lambda p, rank: min(int(rank), 9)),
+            Method(c.RANDOM, "rank", (48,), none, lambda p, rank: int(rank)))  # fmt: skip
+    monkeypatch.setattr(c, "METHODS", {one.name: one for one in some})
+    kept = {LORA: 0.4, UNTUNED: 0.8, c.RANDOM: 0.4}
+    monkeypatch.setattr(j, "run_job", lambda p, job, data: fakes.append(job) or fake_arm(
+        job, kept.get(job.method, job.setting / 20), 0.5 if job.method == UNTUNED else 0.8))  # fmt: skip
+    c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path)
+    assert {job.setting for job in fakes if job.method == c.RANDOM} == {48, 4, 9} and len(set(fakes)) == len(fakes)
+    assert {job.setting for job in fakes if job.method == c.RANDOM and job.poison} == {48, 9}
+    found = k.load(tmp_path)
+    assert (found[c.PAPER].chosen, found[c.PAPER].rank()) == (16, 9)
+    assert [found[c.PAPER].rank(at) for at in (4, 10, 16)] == [4, 9, 9]
+    assert found[c.RANDOM].rank() == 48 and found[LORA].rank() is None and found[c.RANDOM].at(9).rank() == 9
+    shown = e.Evidence(found, c.PAPER, True)
+    assert shown.rank == 9 and shown.main[e.EQUAL].chosen == 9
+    fakes.clear()
+    c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path, keep=True)
+    assert fakes == []
 
 
 def test_further_poison_shares_are_run_beside_those_in_the_files(fakes, tmp_path):
@@ -201,6 +223,7 @@ def test_a_full_disk_is_one_sentence_and_other_errors_stay_themselves(fakes, tmp
 
 def test_variants_are_trained_with_every_seed_and_nothing_is_chosen_among_them(fakes, tmp_path, monkeypatch):
     monkeypatch.setattr(j, "run_job", lambda p, job, data: fakes.append(job) or fake_arm(job))
+    monkeypatch.setattr(c, "ranks", lambda p, method: {str(setting): 3 for setting in method.grid if method.rank})
     c.vary(profile("organism"), tmp_path)
     wanted = [(one.name, setting, seed) for one in c.VARIANTS.values() for setting in one.grid for seed in range(5)]
     assert sorted((job.method, job.setting, job.seed) for job in fakes) == sorted(wanted)
@@ -209,15 +232,20 @@ def test_variants_are_trained_with_every_seed_and_nothing_is_chosen_among_them(f
     assert set(found) == set(c.VARIANTS)
     for name, record in found.items():
         assert record.chosen is None and record.grid == c.VARIANTS[name].grid
+        assert all(record.rank(at) == (3 if "off" in name else at if record.unit == "rank" else None)
+                   for at in record.grid)  # fmt: skip
         assert all(record.at(setting).matrix("refused").shape[0] == 5 for setting in record.grid)
+    fakes.clear()
+    c.vary(profile("organism"), tmp_path, keep=True)
+    assert fakes == []
 
 
 def test_variants_lie_beside_the_comparison_and_are_no_part_of_it(fakes, tmp_path, monkeypatch, capsys):
     assert k.varied(tmp_path) == {}
-    monkeypatch.setattr(c, "vary", lambda p, out, workers: fakes.append((out, workers)))
+    monkeypatch.setattr(c, "vary", lambda p, out, workers, keep: fakes.append((out, workers, keep)))
     monkeypatch.setattr(c, "compare", None)
     c.main(["--variants", "--out", str(tmp_path), "--workers", "2"])
-    assert fakes == [(tmp_path / k.VARIED, 2)]
+    assert fakes == [(tmp_path / k.VARIED, 2, False)]
     monkeypatch.setattr(j, "run_job", lambda p, job, data: fake_arm(job))
     monkeypatch.undo()
     assert not set(k.load()) & set(c.VARIANTS) and set(k.varied()) == set(c.VARIANTS)

@@ -81,7 +81,8 @@ def write(folder, p, methods=(UNTUNED, LORA, PAPER, RANDOM), **other):
     for name in methods:
         method = METHODS[name]
         arms = [fake_arm(j.Job(name, method.grid[0], 0.0, seed)) for seed in (0, 1)]
-        head = j.about(p) | {"method": name, "unit": "", "grid": method.grid, "chosen": method.grid[0], "on_val": {}}
+        head = j.about(p) | {"method": name, "unit": method.unit, "grid": method.grid, "chosen": method.grid[0]}
+        head |= {"on_val": {}, "ranks": {"4": 3} if name == PAPER else {}}
         (folder / f"{method.slug}.json").write_text(json.dumps(j.plain(head | {"arms": arms} | other)))
 
 
@@ -96,7 +97,7 @@ def test_the_files_count_only_where_they_are_of_these_weights_numbers_and_prompt
     monkeypatch.setattr(e, "compare", compare)
     write(tmp_path / "own", p)
     assert e.evidence(p, tmp_path / "own").committed and made == []
-    assert e.protected(p, tmp_path / "own") == ("refusal latents", 4)
+    assert e.protected(p, tmp_path / "own") == ("refusal latents", 3)
     for name, other in (("weights", "x"), ("n_tasks", 3), ("source", "benchmarks"), ("config", {"rank": 1})):
         write(tmp_path / name, p, **{name: other})
         assert not e.evidence(p, tmp_path / name).committed

@@ -232,17 +232,28 @@ def test_a_seed_or_a_t_interval_asks_for_a_rank_that_has_its_seeds(made):
 
 
 def test_subspaces_whose_setting_is_no_rank_are_compared_at_the_rank_they_have(made):
-    others = {name: replace(record(name, draw=i), unit="weight") for i, name in enumerate((
-        "off refusal latents, anchored", "off difference, re-estimated", "off by some weight",
-        "full, off refusal latents", "activation edits off refusal latents"))}  # fmt: skip
+    others = {name: replace(record(name, draw=i), unit="weight", ranks={1.0: rank} if rank else {})
+              for i, (name, rank) in enumerate({
+                  "off refusal latents, anchored": 10, "off difference, re-estimated": 16, "off by some weight": None,
+                  "full, off refusal latents": 10}.items())}  # fmt: skip
     some = with_random(made, 4, graded(1, 0.3), graded(4, 0.3), graded(10, 0.3), graded(16, 0.3)) | others
     found = [one.value for one in tuning.c8_variants(some) if one.choice == "subspace"]
     assert found == ["off difference, re-estimated, rank 16 (random: 16, 3 seeds)",
                      "off elsewhere, rank 2 (random: 1, 3 seeds)",
                      "off refusal latents, anchored, rank 10 (random: 10, 3 seeds)"]  # fmt: skip
-    assert not any(METHODS[name].unit == "rank" for name in tuning.FIXED_RANKS)
-    named = {name for name, one in METHODS.items() if name.startswith("off ") and one.unit != "rank"}
-    assert named == set(tuning.FIXED_RANKS), "a new method off a subspace needs its rank here"
+    assert all((one.rank is not None) == (" off " in f" {name}") for name, one in METHODS.items())
+
+
+def test_where_a_model_has_fewer_latents_the_control_has_as_few_dimensions(made):
+    fewer = replace(made["off refusal latents"], ranks={4.0: 4, 10.0: 9, 16.0: 9})
+    records = with_random(made, 4, graded(4, 0.3), graded(9, 0.3), graded(10, 0.3)) | {fewer.method: fewer}
+    ranks = [one.value for one in tuning.c8_variants(records) if one.choice == "rank"]
+    assert ranks == ["4, 3 seeds (random: 4, 3 seeds)", *["9, 1 seed (random: 9, 1 seed)"] * 2]
+    told = [one.sentence for one in against._random_subspaces(records) if "equal rank" in one.sentence]
+    assert [words.partition("(")[0] for words in told] == ["At equal rank 4 ", "At equal rank 9 ", "At equal rank 9 "]
+    hand = difference(refusals(fewer, View(), 10), refusals(records["off random"], View(), 9), View())
+    one = constrained(fewer, records["off random"], made["LoRA"], made["untuned"], View(), setting=10, random_setting=9)
+    assert one.refusal_over_random == hand
 
 
 def test_the_t_interval_is_students_over_the_means_of_the_seeds(made):

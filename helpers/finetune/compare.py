@@ -18,7 +18,7 @@ import torch
 from helpers.config import PROFILES, Profile, models_here
 from helpers.finetune.choosing import OnVal, choose
 from helpers.finetune.comparison import RESULTS, VARIED, Arm, shares
-from helpers.finetune.jobs import Job, Progress, about, kept, one_sentence, run_jobs, said_by, source_of
+from helpers.finetune.jobs import Job, Progress, about, kept, one_sentence, ranks, run_jobs, said_by, source_of
 from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED, VARIANTS
 from helpers.store import write_json
 
@@ -71,6 +71,15 @@ def compare(
     arms: dict[str, dict[Job, dict]] = {name: {} for name in methods}
     chosen: dict[str, float] = {}
     known = kept(out, head_of_all) if keep else {}
+    settled: dict[str, dict[str, int]] = {}
+
+    def ranks_of(name: str) -> dict[str, int]:
+        if name not in settled:
+            settled[name] = ranks(p, replace(METHODS[name], grid=grid[name]))
+        return settled[name]
+
+    def rank(setting: float) -> float:
+        return ranks_of(PAPER).get(str(setting), setting)
 
     def work(jobs: Sequence[Job]) -> None:
         for job, found in zip(jobs, run_jobs(p, jobs, workers, known), strict=True):
@@ -80,9 +89,10 @@ def compare(
 
     def write(name: str) -> None:
         method = METHODS[name]
-        head = {"method": name, "unit": method.unit, "grid": grid[name], "chosen": chosen.get(name)}
+        head = {"method": name, "unit": method.unit, "grid": grid[name], "chosen": chosen.get(name),
+                "ranks": ranks_of(name)}  # fmt: skip
         on_val = {str(setting): asdict(one) for setting, one in seen(name).items()} if arms[LORA] else {}
-        ours = {*grid[name], *(grid[PAPER] if name == RANDOM and PAPER in grid else ())}
+        ours = {*grid[name], *(map(rank, grid[PAPER]) if name == RANDOM and PAPER in grid else ())}
         held = {job: arm for job, arm in known.items() if job.method == name and job.setting in ours}
         every = list((arms[name] | held).values())
         write_json(out / f"{method.slug}.json", head_of_all | head | {"on_val": on_val, "arms": every})
@@ -105,30 +115,33 @@ def compare(
             write(name)
         for name in methods:
             work(poisoned(p, name, chosen[name], poison))
-        if equal := chosen.get(PAPER):
-            ranks = grid[PAPER] if sweep else (equal,)
-            both = [name for name in (PAPER, RANDOM) if name in methods]
-            every = [job for name in both for rank in ranks for job in (Job(name, rank), *further(p, name, rank))]
-            every += poisoned(p, RANDOM, equal, poison) if RANDOM in both else []
-            missing = [job for job in every if job not in arms[job.method]]
+        if PAPER in chosen:
+            at = {PAPER: grid[PAPER] if sweep else (chosen[PAPER],)}
+            at[RANDOM] = [rank(setting) for setting in at[PAPER]]
+            every = [job for name in (PAPER, RANDOM) if name in methods for setting in at[name]
+                     for job in (Job(name, setting), *further(p, name, setting))]  # fmt: skip
+            every += poisoned(p, RANDOM, rank(chosen[PAPER]), poison) if RANDOM in methods else []
+            missing = [job for job in dict.fromkeys(every) if job not in arms[job.method]]
             progress.total += len(missing)
             work(missing)
 
 
-def vary(p: Profile, out: Path = RESULTS / VARIED, workers: int = 1) -> None:
+def vary(p: Profile, out: Path = RESULTS / VARIED, workers: int = 1, keep: bool = False) -> None:
     """Train the other choices of C6 and C8 (VARIANTS), each setting with every seed, into files in `out`; nothing is
-    chosen among them. It goes on where it was interrupted. Story: notebooks/07_claims.
+    chosen among them. It goes on where it was interrupted; with `keep` the arms that the files hold are taken.
+    Story: notebooks/07_claims.
     """
     jobs = {one: [Job(one.name, setting, 0.0, seed) for setting in one.grid for seed in p.finetune.seeds]
             for one in VARIANTS.values()}  # fmt: skip
-    progress = Progress(sum(map(len, jobs.values())))
+    progress, known = Progress(sum(map(len, jobs.values()))), kept(out, about(p)) if keep else {}
     with one_sentence():
         for method, some in jobs.items():
             arms = []
-            for job, found in zip(some, run_jobs(p, some, workers), strict=True):
+            for job, found in zip(some, run_jobs(p, some, workers, known), strict=True):
                 arms.append(found)
                 progress.step(job)
-            head = {"method": method.name, "unit": method.unit, "grid": method.grid, "chosen": None, "on_val": {}}
+            head = {"method": method.name, "unit": method.unit, "grid": method.grid, "chosen": None, "on_val": {},
+                    "ranks": ranks(p, method)}  # fmt: skip
             write_json(out / f"{method.slug}.json", about(p) | head | {"arms": arms})
 
 
@@ -157,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = args.out if own else args.out / name
         with said_by(parser):
             if args.variants:
-                vary(p, out / VARIED, args.workers)
+                vary(p, out / VARIED, args.workers, args.keep)
                 continue
             compare(p, methods, out, args.workers, args.keep, args.poison, sweep=own)
 

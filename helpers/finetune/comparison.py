@@ -103,7 +103,7 @@ def shares(arm: Arm, split: str = "test") -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Record:
-    """One method's file: its grid, the setting chosen on val, and all arms."""
+    """One method's file: its grid, the setting chosen on val, all arms, and the subspace's rank by setting."""
 
     method: str
     unit: str
@@ -111,10 +111,19 @@ class Record:
     chosen: float | None
     on_val: dict[str, dict[str, float]]
     arms: tuple[Arm, ...] = field(repr=False)
+    ranks: Mapping[float, int] = field(default_factory=dict)
 
     def matrix(self, measure: str, poison: float = 0.0, setting: float | None = None) -> np.ndarray:
         """Test values [n_seeds, n_prompts] at a setting (default: the chosen one), seeds in order; else ValueError."""
         return np.stack([arm.values(measure) for arm in self._at(poison, setting)])
+
+    def rank(self, setting: float | None = None) -> float | None:
+        """The rank of the subspace that the arms at a setting (default: the chosen one) are kept off; None without one.
+
+        It is lower than the setting where a model has fewer latents.
+        """
+        setting = self.chosen if setting is None else setting
+        return self.ranks.get(setting, setting if self.unit == "rank" else None)
 
     def seeds(self, poison: float = 0.0, setting: float | None = None) -> list[int]:
         """The seeds of matrix(), in its order."""
@@ -157,7 +166,8 @@ def load(folder: Path = RESULTS) -> dict[str, Record]:
     return {
         one["method"]: Record(one["method"], one["unit"], tuple(one["grid"]), one["chosen"], one["on_val"],
                               tuple(Arm.of({name: one[name] for name in ("source", "n_prompts") if name in one} | arm)
-                                    for arm in one["arms"]))
+                                    for arm in one["arms"]),
+                              {float(setting): rank for setting, rank in one.get("ranks", {}).items()})
         for one in files
     }  # fmt: skip
 

@@ -38,13 +38,13 @@ class Evidence:
 
     @property
     def rank(self) -> int:
-        """The rank of the protected subspace, chosen on validation prompts."""
-        return int(self.records[self.protected].chosen)
+        """The rank of the protected subspace at the setting chosen on validation prompts."""
+        return int(self.records[self.protected].rank())
 
     @property
     def main(self) -> dict[str, Record]:
         """Untuned, plain LoRA, the paper's method, and random subspaces of its rank."""
-        random = self.records[RANDOM].at(self.records[self.protected].chosen)
+        random = self.records[RANDOM].at(self.rank)
         return {name: self.records[name] for name in (UNTUNED, LORA, self.protected)} | {EQUAL: random}
 
     def seeds(self, poison: float = 0.0) -> list[int]:

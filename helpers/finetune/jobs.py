@@ -25,7 +25,7 @@ from helpers.evaluate.behaviour import cap, measure, prompts, tasks
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.finetune.comparison import N_TASKS, Arm
 from helpers.finetune.drift import drift
-from helpers.finetune.methods import EVERY, METHODS
+from helpers.finetune.methods import EVERY, Method
 from helpers.finetune.runs import Run, update_norm
 from helpers.finetune.train import TrainConfig
 from helpers.models import LoadedModel
@@ -103,6 +103,11 @@ def arms_of(p: Profile, jobs: Sequence[Job], workers: int = 1) -> list[Arm]:
     return [Arm.of(source_of(p) | found) for found in run_jobs(p, jobs, workers)]
 
 
+def ranks(p: Profile, method: Method) -> dict[str, int]:
+    """{setting: rank of the subspace that the method is kept off}; {} for one that is kept off none."""
+    return {str(setting): method.rank(p, setting) for setting in method.grid} if method.rank else {}
+
+
 def source_of(p: Profile) -> dict[str, Any]:
     """Where a profile's prompts are from, and at most how many of each set are asked."""
     return {"source": p.data, "n_prompts": cap(p)}
@@ -125,8 +130,7 @@ def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
 def kept(out: Path, wanted: Mapping[str, Any]) -> dict[Job, dict]:
     """The arms in the files of an earlier call on the same weights with the same numbers, whatever code made them."""
     found = {}
-    for method in METHODS.values():
-        path = out / f"{method.slug}.json"
+    for path in sorted(out.glob("*.json")):
         if same_run(path, wanted):
             arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
             found |= {Job(**{n: arm[n] for n in Job.__dataclass_fields__}): arm for arm in arms}

@@ -37,12 +37,15 @@ MAX_SETTINGS = 3
 
 @dataclass(frozen=True)
 class Method:
-    """A name, at most three settings (`unit` says what they are), and how a run at one of them is trained."""
+    """A name, at most three settings (`unit` says what they are), how a run at one of them is trained, and where it is
+    kept off a subspace, that subspace's rank: lower than asked for where a model has fewer latents.
+    """
 
     name: str
     unit: str
     grid: tuple[float, ...]
     tune: Callable[[Run, float], LoadedModel]
+    rank: Callable[[Profile, float], int] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < len(self.grid) <= MAX_SETTINGS:
@@ -107,6 +110,14 @@ def _off(kind: str, half: str = "") -> Callable[[Run, float], LoadedModel]:
         return lora(run, subspaces=module_bases(lm, subspace(run.p, kind, int(rank)), layers=_layers(lm, half)))
 
     return tune
+
+
+def _kept_off(name: str, kind: str, grid: tuple[float, ...], unit: str = "rank", half: str = "") -> Method:
+    return Method(name, unit, grid, _off(kind, half), lambda p, rank: subspace(p, kind, int(rank)).rank)
+
+
+def _latent_rank(p: Profile, _: float) -> int:
+    return subspace(p, "refusal latents", LATENT_RANK).rank
 
 
 def _off_random(run: Run, rank: float, half: str = "") -> LoadedModel:
@@ -205,24 +216,26 @@ METHODS = {
                lambda run, share: moved(run.start(), plain_updates(run), share)),
         Method("SafeLoRA", "share of layers", (1 / 3, 2 / 3, 1.0), _safe_lora(turn=True)),
         Method("SafeLoRA, shrunk only", "share of layers", (1 / 3, 2 / 3, 1.0), _safe_lora(turn=False)),
-        Method(PAPER, "rank", (4, 10, 16), _off("refusal latents")),
-        Method(RANDOM, "rank", RANKS, _off_random),
-        Method(RANDOM_LATENTS, "rank", (LATENT_RANK,), _off_random_latents),
+        _kept_off(PAPER, "refusal latents", (4, 10, 16)),
+        Method(RANDOM, "rank", RANKS, _off_random, lambda _, rank: int(rank)),
+        Method(RANDOM_LATENTS, "rank", (LATENT_RANK,), _off_random_latents, _latent_rank),
         Method("replay", "share of rows", (0.01, 0.05, 0.1),
                lambda run, share: lora(run, rows=replayed(run.rows, share, run.seed, run.p.data, run.held))),
         Method("KL", "weight", (0.1, 1.0, 10.0), _kl(prompt_kl)),
         Method("KL on whole answers", "weight", (0.1, 0.3, 1.0), _kl(answer_kl, whole=True)),
-        Method("off refusal gradient", "rank", RANKS, _off("refusal gradient")),
-        Method("off difference", "rank", RANKS, _off("difference")),
+        _kept_off("off refusal gradient", "refusal gradient", RANKS),
+        _kept_off("off difference", "difference", RANKS),
         Method("SaLoRA", "rank", RANKS, _salora),
-        Method("off refusal direction", "rank", (1, 3, 8), _off("refusal direction")),
-        Method("off hallucination latents", "rank", (1, 2), _off("hallucination latents")),
+        _kept_off("off refusal direction", "refusal direction", (1, 3, 8)),
+        _kept_off("off hallucination latents", "hallucination latents", (1, 2)),
         Method("full fine-tuning", "learning rate", (1e-4, 3e-4, 1e-3), full),
-        Method("full, off refusal latents", "learning rate", (1e-4, 3e-4, 1e-3), _full_off),
+        Method("full, off refusal latents", "learning rate", (1e-4, 3e-4, 1e-3), _full_off, _latent_rank),
         Method("activation edits", "learning rate", EDIT_RATES, partial(_edits, None)),
-        Method("activation edits off refusal latents", "learning rate", EDIT_RATES, partial(_edits, "refusal latents")),
-        Method("off difference, re-estimated", "steps between", (75, 50, 25), _re_estimated),
-        Method("off refusal latents, anchored", "weight", (0.1, 1.0, 10.0), _anchored),
+        Method("activation edits off refusal latents", "learning rate", EDIT_RATES, partial(_edits, "refusal latents"),
+               _latent_rank),
+        Method("off difference, re-estimated", "steps between", (75, 50, 25), _re_estimated,
+               lambda *_: DIFFERENCE_RANK),
+        Method("off refusal latents, anchored", "weight", (0.1, 1.0, 10.0), _anchored, _latent_rank),
     )
 }  # fmt: skip
 """All methods by name, in the order in which the comparison runs them. Grids [own], fixed before any was trained with a
@@ -233,11 +246,11 @@ VARIANTS = {
     for method in (
         Method("LoRA of another rank", "rank", (2, 32), _lora_of_rank),
         *(Method(f"LoRA, {half} half of the layers", "", (1,), _lora_in(half)) for half in (LOWER, UPPER)),
-        Method(STRONGEST, "latents", (4, 8), _off("strongest refusal latents")),
-        *(Method(f"{PAPER}, {half} half of the layers", "rank", (LATENT_RANK,), _off("refusal latents", half))
+        _kept_off(STRONGEST, "strongest refusal latents", (4, 8), "latents"),
+        *(_kept_off(f"{PAPER}, {half} half of the layers", "refusal latents", (LATENT_RANK,), half=half)
           for half in (LOWER, UPPER)),
-        *(Method(f"{RANDOM}, {half} half of the layers", "rank", (LATENT_RANK,), partial(_off_random, half=half))
-          for half in (LOWER, UPPER)),
+        *(Method(f"{RANDOM}, {half} half of the layers", "rank", (LATENT_RANK,), partial(_off_random, half=half),
+                 lambda _, rank: int(rank)) for half in (LOWER, UPPER)),
     )
 }  # fmt: skip
 """Other choices of C6 and C8 that nothing is chosen among; they stand beside the verdicts in notebook 07 alone."""

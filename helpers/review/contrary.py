@@ -113,16 +113,17 @@ def _random_subspaces(records: Mapping[str, Record]) -> list[Evidence]:
                               f"and {random.chosen:g}), models kept off the refusal latents refuse "
                               f"{_than(chosen)} on unseen verbs than models kept off random directions.",
                               chosen, side_of(chosen)))  # fmt: skip
-    arms = [(rank, random, "random directions") for rank in sorted({a.setting for a in ours.arms if not a.poison})]
+    arms = [(at, random.at(ours.rank(at)), "random directions")
+            for at in sorted({a.setting for a in ours.arms if not a.poison})]  # fmt: skip
     if RANDOM_LATENTS in records:
         drawn = records[RANDOM_LATENTS]
         arms.append((drawn.chosen, drawn, "as many latents of the same autoencoders drawn at random"))
-    for rank, control, what in arms:
-        own, chance = refusals(ours, view, rank), refusals(control, view, rank)
+    for at, control, what in arms:
+        own, chance = refusals(ours, view, at), refusals(control, view)
         if set(own) & set(chance):
             n = seeds_in_common(own, chance, view)
             more = difference(own, chance, view)
-            found.append(Evidence(PAPER, "C8", f"At equal rank {rank:g} ({in_seeds(n)}), models kept off the "
+            found.append(Evidence(PAPER, "C8", f"At equal rank {ours.rank(at):g} ({in_seeds(n)}), models kept off the "
                                   f"refusal latents refuse {_than(more)} on unseen verbs than models kept "
                                   f"off {what}.", more, side_of(more)))  # fmt: skip
     shares = {arm.poison for arm in ours.arms if arm.poison} & {arm.poison for arm in records[LORA].arms}

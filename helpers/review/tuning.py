@@ -14,7 +14,7 @@ from helpers.evaluate.verdicts import c6, c8
 from helpers.evaluate.words import change
 from helpers.finetune import comparison
 from helpers.finetune.comparison import Record
-from helpers.finetune.methods import DIFFERENCE_RANK, LATENT_RANK, RANDOM_LATENTS, STRONGEST
+from helpers.finetune.methods import RANDOM_LATENTS, STRONGEST
 from helpers.review.arms import (
     JUDGES,
     View,
@@ -31,8 +31,6 @@ OURS, RANDOM, LORA, UNTUNED = "off refusal latents", "off random", "LoRA", "untu
 FULL = "full fine-tuning"
 CONTROLS = {RANDOM, RANDOM_LATENTS}
 NONE: Mapping[str, Record] = MappingProxyType({})
-FIXED_RANKS = {"off refusal latents, anchored": LATENT_RANK, "off difference, re-estimated": DIFFERENCE_RANK}
-"""Ranks of the methods off a subspace whose setting is something else."""
 T_INTERVAL = "t over seed means"
 
 
@@ -66,15 +64,6 @@ def c6_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NO
     return [Variant.ruled(choice, value, one.refusal_drop, c6(one), _unit(view)) for choice, value, view, one in found]
 
 
-def rank_of(record: Record) -> float | None:
-    """The rank of the subspace that a method is kept off at its chosen setting; None where it has none, or no setting
-    was chosen.
-    """
-    if record.method in FIXED_RANKS:
-        return FIXED_RANKS[record.method]
-    return record.chosen if record.unit == "rank" else None
-
-
 def control_rank(own: Record, random: Record, rank: float, view: View, setting: float | None = None) -> float | None:
     """The rank nearest to `rank` at which random subspaces were trained with the view's poison, on a seed that `own`
     has (two for a t interval); None where there is none.
@@ -96,11 +85,11 @@ def c8_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NO
     """
     ours, lora = records[OURS], records[LORA]
     found = [_eight(records, ours, choice, value, view) for choice, value, view in _views(ours)]
-    for rank in sorted({arm.setting for arm in ours.arms if not arm.poison}):
-        n = seeds_in_common(refusals(ours, View(), rank), refusals(lora, View()), View())
-        found.append(_eight(records, ours, "rank", f"{rank:g}, {in_seeds(n)}", View(), rank))
+    for at in sorted({arm.setting for arm in ours.arms if not arm.poison}):
+        n = seeds_in_common(refusals(ours, View(), at), refusals(lora, View()), View())
+        found.append(_eight(records, ours, "rank", f"{ours.rank(at):g}, {in_seeds(n)}", View(), at))
     for name in sorted(name for name in records if name.startswith("off ") and name not in CONTROLS | {OURS}):
-        if records[name].chosen is not None and (rank := rank_of(records[name])) is not None:
+        if records[name].chosen is not None and (rank := records[name].rank()) is not None:
             found.append(_eight(records, records[name], "subspace", f"{name}, rank {rank:g}", View()))
     if few := others.get(STRONGEST):
         found += [_eight(records, few, "k", f"strongest {k:g} latents", View(), k) for k in few.grid]
@@ -117,7 +106,7 @@ def _eight(records: Mapping[str, Record], own: Record, choice: str, value: str, 
            setting: float | None = None) -> Variant:
     """One variant of C8, against plain LoRA and the random subspace of equal or nearest rank."""
     random, lora, untuned = (records[name] for name in (RANDOM, LORA, UNTUNED))
-    rank = rank_of(own) if setting is None else setting
+    rank = own.rank(setting)
     at = control_rank(own, random, rank, view, setting)
     if at is None:
         over = difference(refusals(own, view, setting), refusals(lora, view), view)
