@@ -105,7 +105,7 @@ def test_the_files_count_only_where_they_are_of_these_weights_numbers_and_prompt
     assert not e.evidence(p, tmp_path / "nowhere").committed
     assert len(made) == 6 and all(one == (list(METHODS), True, None) for one in made)
     full = replace(p, checked=False, finetune=replace(p.finetune, subspace_dim=9))
-    assert e.protected(full, tmp_path / "own") == ("refusal latents", 4)  # what was chosen, not the profile's own
+    assert e.protected(full, tmp_path / "own") == ("refusal latents", 3)  # what was chosen, not the profile's own
 
 
 def test_a_real_model_is_trained_off_its_latents_or_where_it_has_none_off_the_difference(tmp_path, monkeypatch):
