@@ -261,16 +261,28 @@ def test_unknown_methods_and_models_are_named(fakes, tmp_path, capsys):
 
 
 def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):
-    now = iter((0.0, 0.1, 60.1, 180.1))
+    now = iter((0.0, 0.1, 60.1, 180.1, 180.2))
     monkeypatch.setattr(j.time, "perf_counter", lambda: next(now))
-    progress = j.Progress(5)
-    progress.step(j.Job("read", 4))
+    progress = j.Progress(7, known=2)
+    progress.step(j.Job("read", 4), known=True)
     progress.step(j.Job("ours", 4))
     progress.step(j.Job("ours", 4, 0.1, 2))
-    read, first, second = capsys.readouterr().out.splitlines()
-    assert read.startswith("1/5 read at 4")
-    assert first == "2/5 ours at 4, seed 0; about 3 minutes left"
-    assert second == "3/5 ours at 4, 10% poison, seed 2; about 3 minutes left"
+    progress.step(j.Job("read", 5), known=True)
+    read, first, second, third = capsys.readouterr().out.splitlines()
+    assert read.startswith("1/7 read at 4")
+    assert first == "2/7 ours at 4, seed 0; about 4 minutes left"  # four of a minute each, one is read
+    assert second == "3/7 ours at 4, 10% poison, seed 2; about 4 minutes left"  # three of a minute and a half
+    assert third.startswith("4/7 read at 5, seed 0; about 4 minutes left")
+
+
+def test_progress_follows_the_last_few_after_a_run_that_goes_on(capsys, monkeypatch):
+    quick, slow = [0.01 * i for i in range(101)], [1 + 30 * i for i in range(1, 11)]
+    now = iter((*quick, *slow))
+    monkeypatch.setattr(j.time, "perf_counter", lambda: next(now))
+    progress = j.Progress(150)
+    for i in range(110):
+        progress.step(i)
+    assert capsys.readouterr().out.splitlines()[-1] == "110/150 109; about 20 minutes left"
 
 
 def test_an_arm_holds_what_its_model_does_on_the_prompts(monkeypatch, tmp_path):

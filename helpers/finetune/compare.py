@@ -66,11 +66,12 @@ def compare(
     methods = [name for name in METHODS if name in {UNTUNED, LORA, *methods}]
     grid = {name: tuple((grids or {}).get(name, METHODS[name].grid)) for name in methods}
     once = sum(map(len, grid.values()))
-    progress = Progress(once + sum(len(further(p, n, 0)) + len(poisoned(p, n, 0, poison)) for n in methods))
     head_of_all = about(p)
     arms: dict[str, dict[Job, dict]] = {name: {} for name in methods}
     chosen: dict[str, float] = {}
     known = kept(out, head_of_all) if keep else {}
+    total = once + sum(len(further(p, n, 0)) + len(poisoned(p, n, 0, poison)) for n in methods)
+    progress = Progress(total, sum(job.method in grid and job.poison in (0, *poison) for job in known))
     settled: dict[str, dict[str, int]] = {}
 
     def ranks_of(name: str) -> dict[str, int]:
@@ -84,7 +85,7 @@ def compare(
     def work(jobs: Sequence[Job]) -> None:
         for job, found in zip(jobs, run_jobs(p, jobs, workers, known), strict=True):
             arms[job.method][job] = found
-            progress.step(job)
+            progress.step(job, job in known)
             write(job.method)
 
     def write(name: str) -> None:
@@ -133,13 +134,14 @@ def vary(p: Profile, out: Path = RESULTS / VARIED, workers: int = 1, keep: bool 
     """
     jobs = {one: [Job(one.name, setting, 0.0, seed) for setting in one.grid for seed in p.finetune.seeds]
             for one in VARIANTS.values()}  # fmt: skip
-    progress, known = Progress(sum(map(len, jobs.values()))), kept(out, about(p)) if keep else {}
+    known = kept(out, about(p)) if keep else {}
+    progress = Progress(sum(map(len, jobs.values())), len(known))
     with one_sentence():
         for method, some in jobs.items():
             arms = []
             for job, found in zip(some, run_jobs(p, some, workers, known), strict=True):
                 arms.append(found)
-                progress.step(job)
+                progress.step(job, job in known)
             head = {"method": method.name, "unit": method.unit, "grid": method.grid, "chosen": None, "on_val": {},
                     "ranks": ranks(p, method)}  # fmt: skip
             write_json(out / f"{method.slug}.json", about(p) | head | {"arms": arms})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ class Job:
         return f"{self.method} at {self.setting:.3g}{poison}, seed {self.seed}"
 
 
+PACE = 8  # steps that an estimate rests on
 NONE: Mapping[Job, dict[str, Any]] = MappingProxyType({})
 
 
@@ -138,17 +140,24 @@ def kept(out: Path, wanted: Mapping[str, Any]) -> dict[Job, dict]:
 
 
 class Progress:
-    """Prints what has been done, and how long the rest will take at the pace of what was not simply read."""
+    """Prints what has been done of `total`, and how long the rest will take at the pace of the last few that were made;
+    `known` of them are not made but taken from files.
+    """
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.last, self.made = total, 0, time.perf_counter(), []
+    def __init__(self, total: int, known: int = 0) -> None:
+        self.total, self.known, self.done = total, known, 0
+        self.times = deque([time.perf_counter()], maxlen=PACE + 1)
 
-    def step(self, what: object) -> None:
-        """Count one thing that was done; below a second it was read from a file or the store."""
+    def step(self, what: object, known: bool = False) -> None:
+        """Count one thing, made or known before."""
         self.done, now = self.done + 1, time.perf_counter()
-        self.made += [now - self.last] if now - self.last > 1 else []
-        self.last = now
-        left = sum(self.made) / max(len(self.made), 1) * (self.total - self.done) / 60
+        if known:
+            self.known -= 1
+            self.times = deque((now,), maxlen=PACE + 1) if len(self.times) == 1 else self.times
+        else:
+            self.times.append(now)
+        pace = (self.times[-1] - self.times[0]) / max(len(self.times) - 1, 1)
+        left = pace * max(self.total - self.done - max(self.known, 0), 0) / 60
         print(f"{self.done}/{self.total} {what}; about {left:.0f} minutes left", flush=True)
 
 

@@ -66,13 +66,14 @@ def train_on(
         raise ValueError(f"No setting of {missing[0]!r} has been chosen: run python -m helpers.finetune.compare first.")
     jobs = {name: [Job(name, records[name].chosen, 0.0 if name == UNTUNED else scenario.poison, seed)
                    for seed in ((0,) if name == UNTUNED else p.finetune.seeds)] for name in methods}  # fmt: skip
-    progress, known = Progress(sum(map(len, jobs.values()))), kept(out, about(p)) if keep else {}
+    known = kept(out, about(p)) if keep else {}
+    progress = Progress(sum(map(len, jobs.values())), len(known))
     with one_sentence():
         for name in methods:
             arms = []
             for job, arm in zip(jobs[name], run_jobs(p, jobs[name], workers, known, scenario.data), strict=True):
                 arms.append(arm)
-                progress.step(f"{scenario.data}: {job}")
+                progress.step(f"{scenario.data}: {job}", job in known)
             setting = records[name].chosen
             head = {"method": name, "unit": METHODS[name].unit, "grid": [setting], "chosen": setting, "on_val": {}}
             write_json(out / f"{METHODS[name].slug}.json", about(p) | head | {"arms": arms})
