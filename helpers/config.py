@@ -193,7 +193,8 @@ def models_here(names: Iterable[str] = (), start: str = "") -> dict[str, str]:
     there, names = {f"{kind}-{seed}": path for (kind, seed), path in population().items()}, list(names)
     if unknown := set(names) - set(there):
         raise ValueError(f"there is no model {', '.join(sorted(unknown))}; these are here: {', '.join(there)}")
-    return {name: there[name] for name in names or there if names or name.startswith(start)}
+    wanted = names or [name for name in there if name.startswith(start)]
+    return {name: there[name] for name in wanted}
 
 
 def results_dir(p: Profile | None = None) -> Path:

@@ -434,7 +434,7 @@ report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for 
 # ## 8 · Against every baseline
 #
 # One method beside one control is no comparison. `python -m helpers.finetune.compare` trains the paper's method beside what a reviewer would ask for: SafeLoRA (and its shrinking alone), SaLoRA, replayed refusals,
-# KL penalties, early stopping, interpolation, full fine-tuning, edits of activations, other subspaces, and as many latents of the same autoencoders drawn at random (is it the *selection* that keeps refusals, or any latents?). On the embedded model each has at most three settings; one is chosen on **validation** prompts by a rule written beforehand (`helpers/finetune/choosing.py`: at least 95 % of plain
+# KL penalties, early stopping, interpolation, full fine-tuning, edits of activations, other subspaces, and as many other latents of the same autoencoders, drawn at random among those that move refusing at all and scaled by how much (is it the *selection* that keeps refusals?). On the embedded model each has at most three settings; one is chosen on **validation** prompts by a rule written beforehand (`helpers/finetune/choosing.py`: at least 95 % of plain
 # LoRA's gain on the tasks, benign requests answered, coherent; of those the most refusals on verbs never refused in chat training; where no setting meets that, the one that falls short least), and trained with five seeds.
 # A real model is asked for the first three arms alone, and the tables below then hold those.
 
@@ -469,8 +469,8 @@ report.table(told, caption="Paired differences on unseen verbs")
 if (drawn := records.get("off random latents")) is not None:
     selected = records["off refusal latents"].at(drawn.chosen)
     beyond_latents = comparison.difference(selected, drawn, "refused_unseen")
-    print(f"Off {drawn.chosen:g} refusal latents, refusals of unseen verbs against {drawn.chosen:g} latents "
-          f"drawn at random are {compared(beyond_latents)}: {beyond_latents}.")
+    print(f"Off rank {selected.rank():g} of the refusal latents, refusals of unseen verbs against rank {drawn.rank():g} "
+          f"of as many latents drawn at random are {compared(beyond_latents)}: {beyond_latents}.")
 
 # %% [markdown]
 # And what else moved. A refusal that is lost is harm only where the request is then *answered* (the attack success rate), and one that is kept is worth little if harmless requests are refused with it, if myths come

@@ -117,12 +117,18 @@ def test_random_subspaces_have_the_rank_that_the_latents_have_not_the_one_asked_
     found = k.load(tmp_path)
     assert (found[c.PAPER].chosen, found[c.PAPER].rank()) == (16, 9)
     assert [found[c.PAPER].rank(at) for at in (4, 10, 16)] == [4, 9, 9]
-    assert found[c.RANDOM].rank() == 48 and found[LORA].rank() is None and found[c.RANDOM].at(9).rank() == 9
+    assert found[c.RANDOM].rank() == 48 and found[LORA].rank() is None
     shown = e.Evidence(found, c.PAPER, True)
     assert shown.rank == 9 and shown.main[e.EQUAL].chosen == 9
     fakes.clear()
     c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path, keep=True)
     assert fakes == []
+    at_nine = len([arm for arm in found[c.RANDOM].arms if arm.setting == 9])
+    whole, turn = c.choose, iter((0, 0, 0, 1))  # killed once the file of the random subspaces has been written anew
+    monkeypatch.setattr(c, "choose", lambda seen: whole({} if next(turn) else seen))
+    with pytest.raises(ValueError, match="no setting to choose from"):
+        c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path, keep=True)
+    assert len([arm for arm in k.load(tmp_path)[c.RANDOM].arms if arm.setting == 9]) == at_nine == 10
 
 
 def test_further_poison_shares_are_run_beside_those_in_the_files(fakes, tmp_path):
@@ -223,7 +229,7 @@ def test_a_full_disk_is_one_sentence_and_other_errors_stay_themselves(fakes, tmp
 
 def test_variants_are_trained_with_every_seed_and_nothing_is_chosen_among_them(fakes, tmp_path, monkeypatch):
     monkeypatch.setattr(j, "run_job", lambda p, job, data: fakes.append(job) or fake_arm(job))
-    monkeypatch.setattr(c, "ranks", lambda p, method: {str(setting): 3 for setting in method.grid if method.rank})
+    monkeypatch.setattr(j, "ranks", lambda p, method: {str(setting): 3 for setting in method.grid if method.rank})
     c.vary(profile("organism"), tmp_path)
     wanted = [(one.name, setting, seed) for one in c.VARIANTS.values() for setting in one.grid for seed in range(5)]
     assert sorted((job.method, job.setting, job.seed) for job in fakes) == sorted(wanted)
@@ -232,8 +238,7 @@ def test_variants_are_trained_with_every_seed_and_nothing_is_chosen_among_them(f
     assert set(found) == set(c.VARIANTS)
     for name, record in found.items():
         assert record.chosen is None and record.grid == c.VARIANTS[name].grid
-        assert all(record.rank(at) == (3 if "off" in name else at if record.unit == "rank" else None)
-                   for at in record.grid)  # fmt: skip
+        assert all(record.rank(at) == (3 if "off" in name else None) for at in record.grid)
         assert all(record.at(setting).matrix("refused").shape[0] == 5 for setting in record.grid)
     fakes.clear()
     c.vary(profile("organism"), tmp_path, keep=True)
@@ -246,7 +251,9 @@ def test_variants_lie_beside_the_comparison_and_are_no_part_of_it(fakes, tmp_pat
     monkeypatch.setattr(c, "compare", None)
     c.main(["--variants", "--out", str(tmp_path), "--workers", "2"])
     assert fakes == [(tmp_path / k.VARIED, 2, False)]
-    monkeypatch.setattr(j, "run_job", lambda p, job, data: fake_arm(job))
+    with pytest.raises(SystemExit):
+        c.main(["--variants", "--methods", "LoRA"])
+    assert "--variants trains a list of its own" in capsys.readouterr().err
     monkeypatch.undo()
     assert not set(k.load()) & set(c.VARIANTS) and set(k.varied()) == set(c.VARIANTS)
 
@@ -258,6 +265,26 @@ def test_unknown_methods_and_models_are_named(fakes, tmp_path, capsys):
         with pytest.raises(SystemExit):
             c.main(argv)
         assert words in capsys.readouterr().err
+
+
+def test_arms_made_by_several_processes_come_in_order_beside_those_that_are_known(monkeypatch):
+    asked = []
+
+    class Pool:
+        def __init__(self, workers, *how):
+            asked.append(workers)
+
+        __enter__, __exit__, map = (lambda self: self), (lambda self, *error: None), staticmethod(map)
+
+    monkeypatch.setattr(j, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(j, "run_job", lambda p, job, data="": {"made": job, "data": data})
+    jobs = [j.Job("ours", 4, 0.0, seed) for seed in range(4)]
+    known = {jobs[1]: {"known": 1}}
+    for workers in (1, 2):
+        found = list(j.run_jobs(profile("organism"), jobs, workers, known, "identity"))
+        assert found[1] == {"known": 1}
+        assert [found[i] for i in (0, 2, 3)] == [{"made": jobs[i], "data": "identity"} for i in (0, 2, 3)]
+    assert asked == [2]
 
 
 def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):

@@ -29,7 +29,7 @@ def found(lora=0.4, ours=0.9, random=0.5, at_16=0.8, utility=0.9, poison=0.0):
     arms = [k.Arm.of(fake_arm(j.Job(RANDOM, rank, poison, seed), value, utility))
             for rank, value in ((4, random), (16, at_16)) for seed in (0, 1, 2)]  # fmt: skip
     records = {UNTUNED: record(UNTUNED, [(1.0, 0.3)]), LORA: record(LORA, many(lora), poison=poison),
-               PAPER: record(PAPER, many(ours), chosen=4, poison=poison),
+               PAPER: replace(record(PAPER, many(ours), chosen=4, poison=poison), ranks={4.0: 4}),
                RANDOM: k.Record(RANDOM, "rank", (4, 16), 16, {}, tuple(arms))}  # fmt: skip
     return e.Evidence(records, PAPER, True)
 
@@ -256,6 +256,17 @@ def test_scenarios_lie_in_folders_of_their_own_and_unknown_ones_are_named(capsys
         with pytest.raises(SystemExit):
             scenarios.main(argv)
         assert words in capsys.readouterr().err
+
+
+def test_the_command_line_of_the_scenarios_passes_everything_on(monkeypatch, tmp_path):
+    from helpers.finetune import scenarios
+
+    asked = []
+    monkeypatch.setattr(scenarios, "train_on", lambda p, *how: asked.append(how))
+    scenarios.main(["identity", "--methods", "KL", "--results", str(tmp_path), "--workers", "2", "--keep"])
+    scenarios.main(["same verbs"])
+    first, second = (scenarios.SCENARIOS[name] for name in ("identity", "same verbs"))
+    assert asked == [(first, ["KL"], tmp_path, None, 2, True), (second, None, scenarios.RESULTS, None, 1, False)]
 
 
 def test_a_run_has_the_rows_of_its_data_and_names_the_kinds_there_are():

@@ -506,6 +506,23 @@ def test_random_latents_are_drawn_by_the_runs_seed_among_those_that_were_not_sel
     assert asked == [([0, 0, 1, 1, 0, 0], None, 2), ([0, 0, 0, 1, 1, 0], None, 2)]
 
 
+def test_a_methods_rank_is_that_of_its_subspace_which_few_latents_make_smaller(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(methods, "subspace", lambda p, kind, rank: (
+        asked.append(kind), RefusalSubspace(random_subspace(32, min(rank, 9))))[1])  # fmt: skip
+    for name, one in methods.EVERY.items():
+        if one.rank is not None:
+            of_ten = name.endswith("the layers") or one.unit in ("weight", "learning rate")
+            wanted = [9 if of_ten else min(at, 9) for at in one.grid]
+            wanted = {"off random": [4, 16, 48], "off difference, re-estimated": [16] * 3}.get(name, wanted)
+            assert [one.rank(run.p, at) for at in one.grid] == wanted, name
+    assert set(asked) == set(methods.SUBSPACES)
+    held = []
+    monkeypatch.setattr(methods, "random_subspace", lambda d, rank, seed: held.append(rank) or random_subspace(d, rank))
+    VARIANTS["off random, lower half of the layers"].tune(run, 10)
+    assert held == [9]
+
+
 def test_every_method_stays_within_the_same_budget():
     assert all(1 <= len(method.grid) <= 3 for method in METHODS.values())
     assert len({method.slug for method in METHODS.values()}) == len(METHODS)

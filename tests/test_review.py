@@ -15,7 +15,7 @@ from helpers.evaluate.variants import Variant
 from helpers.evaluate.verdicts import c3, c6, c8
 from helpers.finetune import comparison
 from helpers.finetune.comparison import GAIN, Arm, Record
-from helpers.finetune.methods import METHODS
+from helpers.finetune.methods import EVERY, METHODS
 from helpers.review import contrary as against
 from helpers.review import methods, sensitivity, steering, tuning
 from helpers.review.arms import View, constrained, difference, nearest, pair, refusals, t_interval, tuned
@@ -42,7 +42,8 @@ def record(method, settings=(1.0,), chosen=1.0, seeds=(0, 1, 2), poison_seeds=(0
     arms = [arm(seed, chosen, 0.0, draw, **share) for seed in seeds]
     arms += [arm(0, setting, 0.0, draw, **share) for setting in settings if setting != chosen]
     arms += [arm(seed, chosen, 0.1, draw, **share) for seed in poison_seeds]
-    return Record(method, "rank", tuple(settings), chosen, {}, tuple(arms))
+    ranks = {float(at): int(at) for at in settings} if method.startswith("off ") else {}
+    return Record(method, "rank", tuple(settings), chosen, {}, tuple(arms), ranks)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,8 @@ def graded(rank: float, share: float, seeds=(0, 1, 2), poison_seeds=(0,)) -> lis
 
 
 def with_random(made, chosen: float, *arms: list[Arm]) -> dict:
-    random = Record("off random", "rank", (4, 16, 48), chosen, {}, tuple(itertools.chain(*arms)))
+    ranks = {4.0: 4, 16.0: 16, 48.0: 48}
+    random = Record("off random", "rank", (4, 16, 48), chosen, {}, tuple(itertools.chain(*arms)), ranks)
     return {**made, "off random": random}
 
 
@@ -245,12 +247,24 @@ def test_subspaces_whose_setting_is_no_rank_are_compared_at_the_rank_they_have(m
 
 
 def test_where_a_model_has_fewer_latents_the_control_has_as_few_dimensions(made):
-    fewer = replace(made["off refusal latents"], ranks={4.0: 4, 10.0: 9, 16.0: 9})
+    fewer = replace(made["off refusal latents"], ranks={4.0: 4, 10.0: 9, 16.0: 9}, arms=(
+        *(one for one in made["off refusal latents"].arms if not one.poison),
+        arm(1, 10, 0.0, 3, refused=0.6, utility=0.8)))  # fmt: skip
     records = with_random(made, 4, graded(4, 0.3), graded(9, 0.3), graded(10, 0.3)) | {fewer.method: fewer}
     ranks = [one.value for one in tuning.c8_variants(records) if one.choice == "rank"]
-    assert ranks == ["4, 3 seeds (random: 4, 3 seeds)", *["9, 1 seed (random: 9, 1 seed)"] * 2]
+    assert ranks == ["4, 3 seeds (random: 4, 3 seeds)", "9, 2 seeds (random: 9, 2 seeds)"]
+    assert tuning.by_rank(fewer) == {4: 4, 9: 10}, "two settings of one rank are told once, by that with more seeds"
     told = [one.sentence for one in against._random_subspaces(records) if "equal rank" in one.sentence]
-    assert [words.partition("(")[0] for words in told] == ["At equal rank 4 ", "At equal rank 9 ", "At equal rank 9 "]
+    assert [words.partition("(")[0] for words in told] == ["At equal rank 4 ", "At equal rank 9 "]
+    own = against._own_c8(records, {"C8": {"verdict": "not reproduced"}})
+    assert [one.sentence.partition("(")[0] for one in own] == ["At rank 4 ", "At rank 9 "]
+    assert own[1].estimate == difference(refusals(fewer, View(), 10), refusals(records["LoRA"], View()), View())
+    alike = replace(records["off random"], chosen=10.0, ranks={10.0: 9})
+    both = {**records, fewer.method: fewer.at(16.0), "off random": alike}
+    assert not [one for one in against._random_subspaces(both) if "chosen on validation" in one.sentence]
+    apart = {**both, "off random": records["off random"]}
+    (one,) = [one for one in against._random_subspaces(apart) if "chosen on validation" in one.sentence]
+    assert "(ranks 9 and 4)" in one.sentence
     hand = difference(refusals(fewer, View(), 10), refusals(records["off random"], View(), 9), View())
     one = constrained(fewer, records["off random"], made["LoRA"], made["untuned"], View(), setting=10, random_setting=9)
     assert one.refusal_over_random == hand
@@ -397,6 +411,18 @@ def test_a_choice_that_some_model_lacks_is_one_clear_sentence(committed):
     del others.of["default", 2]["methods"]["TruthX, 5 modules"]
     with pytest.raises(ValueError, match="'TruthX, 5 modules' was not measured on default-2: run python -m"):
         steering.steering_variants("C2", records, others)
+
+
+def test_committed_subspaces_name_their_rank_and_the_variants_reach_the_page(committed):
+    every = [committed[0], comparison.varied(), *comparison.models().values()]
+    for name, record in itertools.chain(*(some.items() for some in every)):
+        asked = EVERY[name].rank is not None
+        assert all((record.rank(at) is not None) == asked for at in record.grid), name
+    found = sensitivity.variants(claims(), profile("organism"))
+    assert {one.choice for one in found["C8"]} >= set(sensitivity.CHOICES)
+    assert {("rank", "LoRA of rank 32"), ("layer", "lower half of the layers")} <= {
+        (one.choice, one.value) for one in found["C6"]}  # fmt: skip
+    assert "off refusal latents, anchored, rank 10" in [one.value.partition(" (")[0] for one in found["C8"]]
 
 
 def test_what_a_method_leaves_no_room_for_is_not_called_not_varied():
@@ -599,7 +625,8 @@ def test_random_latents_are_a_control_and_no_subspace_of_their_own(made):
     assert len(own) == len(chance) == 3 and one.estimate.estimate == pytest.approx(np.mean(own) - np.mean(chance))
     assert one.side == against.FOR and one.sentence == (
         "At equal rank 4 (3 seeds), models kept off the refusal latents refuse more on unseen verbs than models kept "
-        "off as many latents of the same autoencoders drawn at random.")  # fmt: skip
+        "off as many other latents of the same autoencoders, drawn at random among those that move refusing at all."
+    )
     other = replace(drawn, chosen=7.0, arms=tuple(replace(a, setting=7.0) for a in drawn.arms))
     assert not [one for one in against._random_subspaces({**made, drawn.method: other}) if "drawn" in one.sentence]
 

@@ -18,7 +18,7 @@ import torch
 from helpers.config import PROFILES, Profile, models_here
 from helpers.finetune.choosing import OnVal, choose
 from helpers.finetune.comparison import RESULTS, VARIED, Arm, shares
-from helpers.finetune.jobs import Job, Progress, about, kept, one_sentence, ranks, run_jobs, said_by, source_of
+from helpers.finetune.jobs import Job, Progress, about, head, kept, one_sentence, run_jobs, said_by, source_of
 from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED, VARIANTS
 from helpers.store import write_json
 
@@ -66,21 +66,16 @@ def compare(
     methods = [name for name in METHODS if name in {UNTUNED, LORA, *methods}]
     grid = {name: tuple((grids or {}).get(name, METHODS[name].grid)) for name in methods}
     once = sum(map(len, grid.values()))
-    head_of_all = about(p)
     arms: dict[str, dict[Job, dict]] = {name: {} for name in methods}
     chosen: dict[str, float] = {}
-    known = kept(out, head_of_all) if keep else {}
+    known = kept(out, about(p)) if keep else {}
     total = once + sum(len(further(p, n, 0)) + len(poisoned(p, n, 0, poison)) for n in methods)
-    progress = Progress(total, sum(job.method in grid and job.poison in (0, *poison) for job in known))
-    settled: dict[str, dict[str, int]] = {}
-
-    def ranks_of(name: str) -> dict[str, int]:
-        if name not in settled:
-            settled[name] = ranks(p, replace(METHODS[name], grid=grid[name]))
-        return settled[name]
+    progress = Progress(total, sum(job.setting in grid.get(job.method, ()) and job.poison in (0, *poison)
+                                   for job in known))  # fmt: skip
 
     def rank(setting: float) -> float:
-        return ranks_of(PAPER).get(str(setting), setting)
+        paper = METHODS[PAPER]
+        return paper.rank(p, setting) if paper.rank else setting
 
     def work(jobs: Sequence[Job]) -> None:
         for job, found in zip(jobs, run_jobs(p, jobs, workers, known), strict=True):
@@ -89,14 +84,12 @@ def compare(
             write(job.method)
 
     def write(name: str) -> None:
-        method = METHODS[name]
-        head = {"method": name, "unit": method.unit, "grid": grid[name], "chosen": chosen.get(name),
-                "ranks": ranks_of(name)}  # fmt: skip
         on_val = {str(setting): asdict(one) for setting, one in seen(name).items()} if arms[LORA] else {}
         ours = {*grid[name], *(map(rank, grid[PAPER]) if name == RANDOM and PAPER in grid else ())}
         held = {job: arm for job, arm in known.items() if job.method == name and job.setting in ours}
         every = list((arms[name] | held).values())
-        write_json(out / f"{method.slug}.json", head_of_all | head | {"on_val": on_val, "arms": every})
+        first = head(p, METHODS[name], grid[name], chosen.get(name), on_val=on_val)
+        write_json(out / f"{METHODS[name].slug}.json", first | {"arms": every})
 
     def seen(name: str) -> dict[float, OnVal]:
         took = lambda one: shares(Arm.of(source_of(p) | one), "val")  # noqa: E731
@@ -135,23 +128,23 @@ def vary(p: Profile, out: Path = RESULTS / VARIED, workers: int = 1, keep: bool 
     jobs = {one: [Job(one.name, setting, 0.0, seed) for setting in one.grid for seed in p.finetune.seeds]
             for one in VARIANTS.values()}  # fmt: skip
     known = kept(out, about(p)) if keep else {}
-    progress = Progress(sum(map(len, jobs.values())), len(known))
+    progress = Progress(sum(map(len, jobs.values())), sum(job in known for some in jobs.values() for job in some))
     with one_sentence():
         for method, some in jobs.items():
             arms = []
             for job, found in zip(some, run_jobs(p, some, workers, known), strict=True):
                 arms.append(found)
                 progress.step(job, job in known)
-            head = {"method": method.name, "unit": method.unit, "grid": method.grid, "chosen": None, "on_val": {},
-                    "ranks": ranks(p, method)}  # fmt: skip
-            write_json(out / f"{method.slug}.json", about(p) | head | {"arms": arms})
+            write_json(out / f"{method.slug}.json", head(p, method, method.grid, None) | {"arms": arms})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: ``--models`` (default-1, reversed-0, …), ``--methods``, ``--poison``, ``--workers``, ``--out``."""
+    """Command line: ``--models`` (default-1, reversed-0, …), ``--methods``, ``--poison``, ``--keep``, ``--workers``,
+    ``--out``; or ``--variants`` in the place of methods and poison.
+    """
     parser = argparse.ArgumentParser(description="Compare fine-tuning methods on the embedded models.")
     parser.add_argument("--models", nargs="+", default=[DEFAULT], help="COUPLING-SEED; others get folders")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names as in METHODS; all by default")
+    parser.add_argument("--methods", nargs="+", help="names as in METHODS; all by default")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="take the arms that are in the files already")
     parser.add_argument("--poison", type=float, nargs="*", help="shares of poisoned rows")
@@ -162,13 +155,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked = models_here(args.models)
     except ValueError as problem:
         parser.error(str(problem))
-    if unknown := set(args.methods) - set(METHODS):
+    if args.variants and (args.methods or args.poison):
+        parser.error("--variants trains a list of its own, without poison: leave --methods and --poison out.")
+    if unknown := set(args.methods or ()) - set(METHODS):
         parser.error(f"there is no method {', '.join(sorted(unknown))}; these are: {', '.join(METHODS)}")
     torch.set_num_threads(1)
     for name, path in asked.items():
         p = replace(PROFILES["organism"], model=path)
         own = name == DEFAULT
-        methods = [method for method in args.methods if own or method not in NEEDS_BASE]
+        methods = [method for method in args.methods or METHODS if own or method not in NEEDS_BASE]
         out = args.out if own else args.out / name
         with said_by(parser):
             if args.variants:

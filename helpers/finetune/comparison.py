@@ -123,7 +123,7 @@ class Record:
         It is lower than the setting where a model has fewer latents.
         """
         setting = self.chosen if setting is None else setting
-        return self.ranks.get(setting, setting if self.unit == "rank" else None)
+        return self.ranks.get(setting)
 
     def seeds(self, poison: float = 0.0, setting: float | None = None) -> list[int]:
         """The seeds of matrix(), in its order."""
@@ -153,16 +153,21 @@ class Record:
         return replace(self, chosen=setting)
 
 
+def _one_model(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if len({one["weights"] for one in files}) > 1:
+        raise ValueError(f"The results in {paths[0].parent} are of different models: keep one model per folder.")
+    return files
+
+
 def load(folder: Path = RESULTS) -> dict[str, Record]:
     """{method: its record} of all files in a folder; ValueError where there is none, or files of different models.
 
     Story: notebooks/06_orthogonal_finetuning.
     """
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+    files = _one_model(sorted(Path(folder).glob("*.json")))
     if not files:
         raise ValueError(f"There are no results in {folder}: run python -m helpers.finetune.compare, or what made it.")
-    if len({one["weights"] for one in files}) > 1:
-        raise ValueError(f"The results in {folder} are of different models: keep one model per folder.")
     return {
         one["method"]: Record(one["method"], one["unit"], tuple(one["grid"]), one["chosen"], one["on_val"],
                               tuple(Arm.of({name: one[name] for name in ("source", "n_prompts") if name in one} | arm)
@@ -179,8 +184,14 @@ def models(folder: Path = RESULTS) -> dict[str, dict[str, Record]]:
 
 
 def varied(folder: Path = RESULTS) -> dict[str, Record]:
-    """{method: record} of the other choices of C6 and C8, with all their settings and none chosen; {} without any."""
-    return load(folder / VARIED) if any((folder / VARIED).glob("*.json")) else {}
+    """{method: record} of the other choices of C6 and C8, with all their settings and none chosen; {} without any.
+
+    ValueError where they are of another model than the files in `folder`.
+    """
+    if not any((folder / VARIED).glob("*.json")):
+        return {}
+    _one_model([*folder.glob("*.json"), *(folder / VARIED).glob("*.json")])
+    return load(folder / VARIED)
 
 
 def across(found: Mapping[str, Mapping[str, Record]], measure: str = "refused_unseen") -> list[dict[str, Any]]:

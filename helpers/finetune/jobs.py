@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -108,6 +108,13 @@ def arms_of(p: Profile, jobs: Sequence[Job], workers: int = 1) -> list[Arm]:
 def ranks(p: Profile, method: Method) -> dict[str, int]:
     """{setting: rank of the subspace that the method is kept off}; {} for one that is kept off none."""
     return {str(setting): method.rank(p, setting) for setting in method.grid} if method.rank else {}
+
+
+def head(p: Profile, method: Method, grid: Sequence[float], chosen: float | None, **more: Any) -> dict[str, Any]:
+    """What a method's file says before its arms."""
+    method = replace(method, grid=tuple(grid))
+    return about(p) | {"method": method.name, "unit": method.unit, "grid": method.grid, "chosen": chosen,
+                       "ranks": ranks(p, method), "on_val": {}} | more  # fmt: skip
 
 
 def source_of(p: Profile) -> dict[str, Any]:

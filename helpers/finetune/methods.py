@@ -126,8 +126,14 @@ def _off_random(run: Run, rank: float, half: str = "") -> LoadedModel:
     return lora(run, subspaces=module_bases(lm, drawn, layers=_layers(lm, half)))
 
 
+def _off_random_in(half: str) -> Callable[[Run, float], LoadedModel]:
+    return lambda run, rank: _off_random(run, _latent_rank(run.p, rank), half)
+
+
 def _off_random_latents(run: Run, rank: float) -> LoadedModel:
-    """Off what as many latents as the refusal-specific ones write, drawn by the run's seed: SAEs without selection."""
+    """Off what as many latents as the refusal-specific ones write, drawn by the run's seed among those of neither kind
+    that move refusing at all, each scaled by how much: SAEs and attribution without the selection.
+    """
     lm, drawn = run.start(), lambda found: found.chance(found.specific, run.seed)
     return lora(run, subspaces=module_bases(lm, _latents(lm, run.p, int(rank), drawn)))
 
@@ -239,7 +245,8 @@ METHODS = {
     )
 }  # fmt: skip
 """All methods by name, in the order in which the comparison runs them. Grids [own], fixed before any was trained with a
-seed of the comparison; that of KL on whole answers after a look at val prompts of LOOKED_AT with two other seeds."""
+seed of the comparison; but that of KL on whole answers after a look at val prompts of LOOKED_AT with two other seeds,
+and the random latents came last, at the rank that had been chosen for the refusal latents."""
 
 VARIANTS = {
     method.name: method
@@ -249,8 +256,8 @@ VARIANTS = {
         _kept_off(STRONGEST, "strongest refusal latents", (4, 8), "latents"),
         *(_kept_off(f"{PAPER}, {half} half of the layers", "refusal latents", (LATENT_RANK,), half=half)
           for half in (LOWER, UPPER)),
-        *(Method(f"{RANDOM}, {half} half of the layers", "rank", (LATENT_RANK,), partial(_off_random, half=half),
-                 lambda _, rank: int(rank)) for half in (LOWER, UPPER)),
+        *(Method(f"{RANDOM}, {half} half of the layers", "rank", (LATENT_RANK,), _off_random_in(half), _latent_rank)
+          for half in (LOWER, UPPER)),
     )
 }  # fmt: skip
 """Other choices of C6 and C8 that nothing is chosen among; they stand beside the verdicts in notebook 07 alone."""

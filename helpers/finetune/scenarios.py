@@ -16,7 +16,7 @@ import torch
 
 from helpers.config import Profile, profile
 from helpers.finetune.comparison import RESULTS, load
-from helpers.finetune.jobs import Job, Progress, about, kept, one_sentence, run_jobs, said_by
+from helpers.finetune.jobs import Job, Progress, about, head, kept, one_sentence, run_jobs, said_by
 from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED
 from helpers.finetune.runs import IDENTITY, OTHER, SAME
 from helpers.store import write_json
@@ -67,7 +67,7 @@ def train_on(
     jobs = {name: [Job(name, records[name].chosen, 0.0 if name == UNTUNED else scenario.poison, seed)
                    for seed in ((0,) if name == UNTUNED else p.finetune.seeds)] for name in methods}  # fmt: skip
     known = kept(out, about(p)) if keep else {}
-    progress = Progress(sum(map(len, jobs.values())), len(known))
+    progress = Progress(sum(map(len, jobs.values())), sum(job in known for some in jobs.values() for job in some))
     with one_sentence():
         for name in methods:
             arms = []
@@ -75,8 +75,8 @@ def train_on(
                 arms.append(arm)
                 progress.step(f"{scenario.data}: {job}", job in known)
             setting = records[name].chosen
-            head = {"method": name, "unit": METHODS[name].unit, "grid": [setting], "chosen": setting, "on_val": {}}
-            write_json(out / f"{METHODS[name].slug}.json", about(p) | head | {"arms": arms})
+            first = head(p, METHODS[name], [setting], setting)
+            write_json(out / f"{METHODS[name].slug}.json", first | {"arms": arms})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from helpers.finetune.methods import RANDOM_LATENTS
 from helpers.report.tables import cell
 from helpers.review.arms import View, difference, in_seeds, refusals, seeds_in_common, t_interval
 from helpers.review.steering import METHODS
-from helpers.review.tuning import LORA, OURS, RANDOM, UNTUNED
+from helpers.review.tuning import LORA, OURS, RANDOM, UNTUNED, by_rank
 from helpers.stats import Interval
 from helpers.truth.coupling import Records, beyond, gain, load_records
 
@@ -107,17 +107,17 @@ def _versus(a: Record, b: Record, poison: float = 0.0) -> Interval:
 def _random_subspaces(records: Mapping[str, Record]) -> list[Evidence]:
     ours, random = records[OURS], records[RANDOM]
     view, found = View(verbs="unseen"), []
-    if ours.chosen != random.chosen:
+    if ours.rank() != random.rank():
         chosen = _versus(ours, random)
-        found.append(Evidence(PAPER, "C8", f"Each at the setting chosen on validation prompts (ranks {ours.chosen:g} "
-                              f"and {random.chosen:g}), models kept off the refusal latents refuse "
+        found.append(Evidence(PAPER, "C8", f"Each at the setting chosen on validation prompts (ranks {ours.rank():g} "
+                              f"and {random.rank():g}), models kept off the refusal latents refuse "
                               f"{_than(chosen)} on unseen verbs than models kept off random directions.",
                               chosen, side_of(chosen)))  # fmt: skip
-    arms = [(at, random.at(ours.rank(at)), "random directions")
-            for at in sorted({a.setting for a in ours.arms if not a.poison})]  # fmt: skip
+    arms = [(at, random.at(rank), "random directions") for rank, at in by_rank(ours).items()]
     if RANDOM_LATENTS in records:
         drawn = records[RANDOM_LATENTS]
-        arms.append((drawn.chosen, drawn, "as many latents of the same autoencoders drawn at random"))
+        arms.append((drawn.chosen, drawn, "as many other latents of the same autoencoders, drawn at random among those "
+                     "that move refusing at all"))
     for at, control, what in arms:
         own, chance = refusals(ours, view, at), refusals(control, view)
         if set(own) & set(chance):
@@ -187,8 +187,8 @@ def _gain(records: Mapping[str, Record], name: str) -> Interval:
 def _own_c8(records: Mapping[str, Record], rows: Mapping[str, Mapping[str, Any]]) -> list[Evidence]:
     found, view = [], View()
     ours, random, lora, untuned = (records[name] for name in (OURS, RANDOM, LORA, UNTUNED))
-    for rank in sorted({arm.setting for arm in ours.arms if not arm.poison}):
-        own = refusals(ours, view, rank)
+    for rank, at in by_rank(ours).items():
+        own = refusals(ours, view, at)
         more, n = difference(own, refusals(lora, view), view), seeds_in_common(own, refusals(lora, view), view)
         if "C8" in rows and rows["C8"]["verdict"] == "not reproduced":
             found.append(Evidence(OWN, "C8", f"At rank {rank:g} ({in_seeds(n)}), all harmful prompts, models "

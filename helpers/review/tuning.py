@@ -14,7 +14,8 @@ from helpers.evaluate.verdicts import c6, c8
 from helpers.evaluate.words import change
 from helpers.finetune import comparison
 from helpers.finetune.comparison import Record
-from helpers.finetune.methods import RANDOM_LATENTS, STRONGEST
+from helpers.finetune.methods import LORA, RANDOM, RANDOM_LATENTS, STRONGEST, UNTUNED
+from helpers.finetune.methods import PAPER as OURS
 from helpers.review.arms import (
     JUDGES,
     View,
@@ -27,7 +28,6 @@ from helpers.review.arms import (
     tuned,  # fmt: skip
 )
 
-OURS, RANDOM, LORA, UNTUNED = "off refusal latents", "off random", "LoRA", "untuned"
 FULL = "full fine-tuning"
 CONTROLS = {RANDOM, RANDOM_LATENTS}
 NONE: Mapping[str, Record] = MappingProxyType({})
@@ -64,6 +64,13 @@ def c6_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NO
     return [Variant.ruled(choice, value, one.refusal_drop, c6(one), _unit(view)) for choice, value, view, one in found]
 
 
+def by_rank(record: Record) -> dict[float, float]:
+    """{rank of the subspace: its setting without poison}; of settings that come to one rank, that with most seeds."""
+    trained = {arm.setting for arm in record.arms if not arm.poison}
+    found = {record.rank(at): at for at in sorted(sorted(trained), key=lambda at: len(record.seeds(0.0, at)))}
+    return dict(sorted(found.items()))
+
+
 def control_rank(own: Record, random: Record, rank: float, view: View, setting: float | None = None) -> float | None:
     """The rank nearest to `rank` at which random subspaces were trained with the view's poison, on a seed that `own`
     has (two for a t interval); None where there is none.
@@ -85,9 +92,9 @@ def c8_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NO
     """
     ours, lora = records[OURS], records[LORA]
     found = [_eight(records, ours, choice, value, view) for choice, value, view in _views(ours)]
-    for at in sorted({arm.setting for arm in ours.arms if not arm.poison}):
+    for rank, at in by_rank(ours).items():
         n = seeds_in_common(refusals(ours, View(), at), refusals(lora, View()), View())
-        found.append(_eight(records, ours, "rank", f"{ours.rank(at):g}, {in_seeds(n)}", View(), at))
+        found.append(_eight(records, ours, "rank", f"{rank:g}, {in_seeds(n)}", View(), at))
     for name in sorted(name for name in records if name.startswith("off ") and name not in CONTROLS | {OURS}):
         if records[name].chosen is not None and (rank := records[name].rank()) is not None:
             found.append(_eight(records, records[name], "subspace", f"{name}, rank {rank:g}", View()))

@@ -123,7 +123,7 @@ class Selection:
         the same autoencoders give without the selection. ValueError where a layer has too few.
         """
         rng, found = np.random.default_rng(seed), np.zeros_like(mask)
-        free = ~self.refusal & ~self.hallucination & ~mask & (self.refusal_scores.attribution != 0)
+        free = ~self.refusal & ~self.hallucination & (self.refusal_scores.attribution != 0)
         ends = np.cumsum([0, *self.widths.values()])
         for layer, start, end in zip(self.widths, ends, ends[1:], strict=False):
             pool, n = start + np.flatnonzero(free[start:end]), int(mask[start:end].sum())
