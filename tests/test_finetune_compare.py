@@ -487,6 +487,12 @@ def test_results_that_are_missing_or_mixed_are_refused(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(head | {"method": name, "weights": name}))
     with pytest.raises(ValueError, match="are of different models"):
         k.load(tmp_path)
+    (tmp_path / "a.json").rename(tmp_path / "kept")
+    (tmp_path / k.VARIED).mkdir()
+    (tmp_path / "kept").rename(tmp_path / k.VARIED / "a.json")
+    assert k.load(tmp_path) and k.load(tmp_path / k.VARIED)
+    with pytest.raises(ValueError, match="are of different models"):
+        k.varied(tmp_path)
 
 
 def test_attacks_are_read_in_order_of_steps_and_drift_at_the_chosen_setting(tmp_path):
