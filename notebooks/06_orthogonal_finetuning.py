@@ -469,8 +469,9 @@ report.table(told, caption="Paired differences on unseen verbs")
 if (drawn := records.get("off random latents")) is not None:
     selected = records["off refusal latents"].at(drawn.chosen)
     beyond_latents = comparison.difference(selected, drawn, "refused_unseen")
-    print(f"Off rank {selected.rank():g} of the refusal latents, refusals of unseen verbs against rank {drawn.rank():g} "
-          f"of as many latents drawn at random are {compared(beyond_latents)}: {beyond_latents}.")
+    print(f"Off rank {selected.rank():g} of the refusal latents, refusals of unseen verbs against "
+          f"rank {drawn.rank():g} of as many latents drawn at random are {compared(beyond_latents)}: "
+          f"{beyond_latents}.")
 
 # %% [markdown]
 # And what else moved. A refusal that is lost is harm only where the request is then *answered* (the attack success rate), and one that is kept is worth little if harmless requests are refused with it, if myths come

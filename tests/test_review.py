@@ -614,6 +614,18 @@ def test_ranks_and_layers_of_others_are_judged_by_the_claims_own_rules(made):
     assert beaten[added].estimate.low > 0 and beaten[added].verdict == "not reproduced", "random halves refuse more"
 
 
+def test_random_subspaces_of_other_ranks_are_controls_too(made):
+    drawn = Record("off random, other ranks", "rank", (2.0, 8.0), None, {}, tuple(
+        arm(seed, rank, 0.0, 14, refused=0.1, utility=0.8) for rank in (2.0, 8.0) for seed in (0, 1, 2)))  # fmt: skip
+    values = {(one.choice, one.value.partition(" (")[0]): one for one in tuning.c8_variants(
+        made, {**others(), drawn.method: drawn})}  # fmt: skip
+    assert values["k", "strongest 8 latents"].value == "strongest 8 latents", "of equal rank, so unnamed"
+    assert values["subspace", "off elsewhere, rank 2"].value.endswith("(random: 2, 3 seeds)")
+    wanted = constrained(made["off elsewhere"], drawn, made["LoRA"], made["untuned"], View(), random_setting=2.0)
+    one = values["subspace", "off elsewhere, rank 2"]
+    assert (one.verdict, one.reason) == (c8(wanted).verdict, c8(wanted).reason)
+
+
 def test_random_latents_are_a_control_and_no_subspace_of_their_own(made):
     drawn = record("off random latents", (4.0,), 4.0, draw=12, refused=0.2, utility=0.8)
     with_it = {**made, drawn.method: drawn}

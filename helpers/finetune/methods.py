@@ -210,6 +210,7 @@ def _safe_lora(turn: bool) -> Callable[[Run, float], LoadedModel]:
 LOOKED_AT = ("default-0", "default-1", "default-2")
 UNTUNED, LORA, PAPER, RANDOM = "untuned", "LoRA", "off refusal latents", "off random"
 RANDOM_LATENTS, STRONGEST = "off random latents", "off strongest refusal latents"
+OTHER_RANKS = "off random, other ranks"
 RANKS, EDIT_RATES = (4, 16, 48), (1e-3, 3e-3, 1e-2)
 METHODS = {
     method.name: method
@@ -253,6 +254,7 @@ VARIANTS = {
     for method in (
         Method("LoRA of another rank", "rank", (2, 32), _lora_of_rank),
         *(Method(f"LoRA, {half} half of the layers", "", (1,), _lora_in(half)) for half in (LOWER, UPPER)),
+        Method(OTHER_RANKS, "rank", (1, 8), _off_random, lambda _, rank: int(rank)),
         _kept_off(STRONGEST, "strongest refusal latents", (4, 8), "latents"),
         *(_kept_off(f"{PAPER}, {half} half of the layers", "refusal latents", (LATENT_RANK,), half=half)
           for half in (LOWER, UPPER)),

@@ -7,6 +7,7 @@ the nearest rank's takes its place, and the variant's name says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from helpers.evaluate.variants import Variant
@@ -14,7 +15,7 @@ from helpers.evaluate.verdicts import c6, c8
 from helpers.evaluate.words import change
 from helpers.finetune import comparison
 from helpers.finetune.comparison import Record
-from helpers.finetune.methods import LORA, RANDOM, RANDOM_LATENTS, STRONGEST, UNTUNED
+from helpers.finetune.methods import LORA, OTHER_RANKS, RANDOM, RANDOM_LATENTS, STRONGEST, UNTUNED
 from helpers.finetune.methods import PAPER as OURS
 from helpers.review.arms import (
     JUDGES,
@@ -90,6 +91,9 @@ def c8_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NO
     The control is the random subspace of equal rank where one was trained, else the nearest rank's, which is named.
     Without any there is an estimate and no verdict. Story: notebooks/07_claims.
     """
+    if OTHER_RANKS in others:
+        random = records[RANDOM]
+        records = {**records, RANDOM: replace(random, arms=random.arms + others[OTHER_RANKS].arms)}
     ours, lora = records[OURS], records[LORA]
     found = [_eight(records, ours, choice, value, view) for choice, value, view in _views(ours)]
     for rank, at in by_rank(ours).items():
