@@ -514,7 +514,8 @@ def test_a_methods_rank_is_that_of_its_subspace_which_few_latents_make_smaller(r
         if one.rank is not None:
             of_ten = name.endswith("the layers") or one.unit in ("weight", "learning rate")
             wanted = [9 if of_ten else min(at, 9) for at in one.grid]
-            own = {"off random": [4, 16, 48], "off random, other ranks": [1, 8], "off difference, re-estimated": [16] * 3}
+            own = {"off random": [4, 16, 48], "off random, other ranks": [1, 8],
+                   "off difference, re-estimated": [16] * 3}  # fmt: skip
             assert [one.rank(run.p, at) for at in one.grid] == own.get(name, wanted), name
     assert set(asked) == set(methods.SUBSPACES)
     held = []
