@@ -209,7 +209,7 @@ report.table([{"model": method, **row} for method, row in rates(ev, shown).items
              caption=f"Benign fine-tuning, share of test prompts, {n_seeds} seeds [95 %: seeds, verbs]")
 
 # %% [markdown]
-# Five seeds are few: resampling them gives intervals that are too narrow, by up to a half. Notebook 07 lays an interval from the seeds' means alone (Student's t) beside those of the claims.
+# Five seeds are few: resampling them gives intervals that are too narrow, by about a third. Notebook 07 lays an interval from the seeds' means alone (Student's t) beside those of the claims.
 
 # %%
 plotted = ("refused_seen", "refused_unseen", "benign_complied", "utility")
@@ -469,9 +469,8 @@ report.table(told, caption="Paired differences on unseen verbs")
 if (drawn := records.get("off random latents")) is not None:
     selected = records["off refusal latents"].at(drawn.chosen)
     beyond_latents = comparison.difference(selected, drawn, "refused_unseen")
-    print(f"Off rank {selected.rank():g} of the refusal latents, refusals of unseen verbs against "
-          f"rank {drawn.rank():g} of as many latents drawn at random are {compared(beyond_latents)}: "
-          f"{beyond_latents}.")
+    print(f"Off the refusal latents, against as many latents drawn at random (ranks {selected.rank():g} and "
+          f"{drawn.rank():g}),\nrefusals of unseen verbs are {compared(beyond_latents)}: {beyond_latents}.")
 
 # %% [markdown]
 # And what else moved. A refusal that is lost is harm only where the request is then *answered* (the attack success rate), and one that is kept is worth little if harmless requests are refused with it, if myths come

@@ -147,7 +147,7 @@ display(*tables)
 # ## 5 · Which verdicts hang on a choice?
 #
 # Here every claim's estimate and rule under other judges, k, ranks, layers, seeds and kinds of interval, from runs that exist already. A choice for which there are none
-# says "not varied", one that a method leaves no room for "by definition". Nothing is picked from these tables: the headline is what the claims table says, and among some twenty variants of a claim one or two will
+# says "not varied", one that a method leaves no room for "by definition". Nothing is picked from these tables: the headline is what the claims table says, and among ten to thirty variants of a claim one or two will
 # stray by chance. Refits of C1 to C3 are in `data/results/choices`, those of C5 in `data/results/shared_heads`, other ranks and layers of LoRA, and fewer latents and
 # layers of the constraint, in `data/results/finetuning/variants`.
 #
@@ -245,7 +245,7 @@ display(*held)
 # - **Harm is a label.** Harmful requests name verbs and objects the text condemns; the answers are empty placeholders. Nothing here measures the severity of an answer.
 # - **Judges by rule.** A closed world lets a rule decide refusal and compliance. On a real model judges disagree, and results change with them.
 # - **One training.** Most headlines are of one training of the embedded model; other trainings stand beside them in section 5. The default profile asks at most 120 prompts of a kind for C4, C5 and C7 and trains its autoencoders briefly, so that it runs in minutes: `make reproduce PROFILE=organism-full` asks all prompts and trains longer.
-# - **Five seeds make narrow intervals.** Those of C6 and C8 resample seeds, which is too narrow by up to a half; section 5 has a t interval over the seeds' means beside them.
+# - **Five seeds make narrow intervals.** Those of C6 and C8 resample seeds, which is too narrow by about a third; section 5 has a t interval over the seeds' means beside them.
 # - **Not everything was fixed first.** The rules are older than the numbers; rank, seeds and prompts of C6 and C8 changed after a first result (section 5).
 # - **The paper is known from its abstract.** Heads, layers, widths, ranks and rates are our own choice; another choice may be the paper's.
 #

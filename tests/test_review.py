@@ -19,7 +19,7 @@ from helpers.finetune.methods import EVERY, METHODS
 from helpers.review import contrary as against
 from helpers.review import methods, sensitivity, steering, tuning
 from helpers.review.arms import View, constrained, difference, nearest, pair, refusals, t_interval, tuned
-from helpers.stats import Interval
+from helpers.stats import Interval, bootstrap_grid
 from helpers.truth import choices
 from helpers.truth.coupling import Records, load_records, trade_off
 
@@ -612,6 +612,21 @@ def test_ranks_and_layers_of_others_are_judged_by_the_claims_own_rules(made):
     assert eight[added].verdict == "reproduced"
     beaten = {(one.choice, one.value): one for one in tuning.c8_variants(made, others(random=0.9, ours=0.7))}
     assert beaten[added].estimate.low > 0 and beaten[added].verdict == "not reproduced", "random halves refuse more"
+
+
+def test_variants_that_were_interrupted_before_their_control_are_left_out(made):
+    some = {name: one for name, one in others().items() if not name.startswith("off random")}
+    assert not [one for one in tuning.c8_variants(made, some) if one.choice == "layer"]
+
+
+def test_a_bootstrap_over_five_seeds_is_about_a_third_too_narrow():
+    rng = np.random.default_rng(0)
+    ratios = []
+    for means in rng.normal(size=(60, 5)):
+        drawn = bootstrap_grid(np.repeat(means[:, None], 2, axis=1), n_boot=2000)
+        narrow, wide = drawn.high - drawn.low, t_interval(means.tolist())
+        ratios.append(narrow / (wide.high - wide.low))
+    assert np.mean(ratios) == pytest.approx(0.8**0.5 * 1.96 / 2.776, abs=0.05)
 
 
 def test_random_subspaces_of_other_ranks_are_controls_too(made):

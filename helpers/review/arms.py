@@ -54,7 +54,7 @@ class View:
 def t_interval(means: Sequence[float], level: float = 0.95) -> Interval:
     """Mean of one value per seed [n] with Student's (1908) t interval of n − 1 degrees of freedom; n counts the seeds.
 
-    The bootstrap over few seeds is too narrow (of five, by up to a half); this is not, if the seeds' means are about
+    The bootstrap over few seeds is too narrow (of five, by about a third); this is not, if the seeds' means are about
     normal, but it says nothing about other prompts. ValueError for fewer than two seeds.
     Story: notebooks/07_claims.
     """

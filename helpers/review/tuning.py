@@ -106,8 +106,8 @@ def c8_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NO
         found += [_eight(records, few, "k", f"strongest {k:g} latents", View(), k) for k in few.grid]
     for name in sorted(name for name in others if name.startswith(f"{OURS}, ")):
         where = name.partition(", ")[2]
-        random = others[f"{RANDOM}, {where}"]
-        for at in others[name].grid:
+        for at in others[name].grid if f"{RANDOM}, {where}" in others else ():  # trained last: missing if interrupted
+            random = others[f"{RANDOM}, {where}"]
             one = constrained(others[name], random, lora, records[UNTUNED], View(), setting=at, random_setting=at)
             found.append(Variant.ruled("layer", f"constraint in the {where}", one.refusal_over_lora, c8(one)))
     return found
