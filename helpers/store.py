@@ -1,9 +1,10 @@
 """Artifacts keyed by what made them: the same question asked twice is computed once, also across a killed run.
 
 `artifact` hands a folder to `make`, and the folder appears under its final name only when `make` has returned. The key
-is the caller's dictionary plus `code_version()`, so changed code never meets old results. Each `make` runs with the
-global random generators seeded from the key and put back afterwards: a run that finds an artifact and a run that makes
-it continue alike.
+is the caller's dictionary plus the code that `make` runs: its module and what that imports, so changed code never meets
+old results, and other code leaves them alone. Each `make` runs with the global random generators seeded from the
+caller's key alone and put back afterwards: an edit that changes no mathematics changes no number, and a run that finds
+an artifact and a run that makes it continue alike.
 """
 
 import ast
@@ -30,8 +31,7 @@ from torch import Tensor
 
 from helpers.config import ROOT, artifacts_dir, locate
 
-# What only shows results, or runs notebooks, changes no artifact.
-_NOT_CODE_OF_RESULTS = ("browser", "report", "review", "notebooks", "colab.py", "lock.py")
+PACKAGE = ROOT / "helpers"
 
 
 def plain(value: Any) -> Any:
@@ -122,17 +122,71 @@ def _bare_source(text: str) -> str:
 
 
 @functools.cache
-def code_version(package: Path = ROOT / "helpers") -> str:
-    """Return a short hash of the code that computes results: all of `helpers` but display, prose and comments."""
+def _bare_file(path: Path, size: int, changed_ns: int) -> tuple[str, frozenset[Path]]:
+    """A file's source without prose, and the files of `helpers` that it imports, at its top or inside functions."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        tree, bare = ast.parse(text), _bare_source(text)
+    except SyntaxError:  # a file that does not parse counts as it stands
+        return text, frozenset()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    found = {file for name in names if name.startswith(f"{PACKAGE.name}.") for file in _files_of(name)}
+    return bare, frozenset(found - {path})
+
+
+def _files_of(module: str) -> list[Path]:
+    """The file of a module of `helpers`, with the `__init__` files of its rooms; [] for a name that is no module.
+
+    The package's own `__init__` only hands names on, when they are asked for, and counts nowhere.
+    """
+    parts = module.split(".")[1:]
+    rooms = [PACKAGE.joinpath(*parts[: i + 1], "__init__.py") for i in range(len(parts))]
+    return [p for p in (*rooms, PACKAGE.joinpath(*parts).with_suffix(".py")) if p.is_file()]
+
+
+def import_closure(start: Path) -> list[Path]:
+    """Return a Python file and all files of `helpers` that it imports, directly or through others, sorted."""
+    seen, todo = set(), [start]
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen.add(path)
+            stat = path.stat()
+            todo += _bare_file(path, stat.st_size, stat.st_mtime_ns)[1]
+    return sorted(seen)
+
+
+def code_version(home: str | Path | None = None) -> str:
+    """Return a short hash of the code behind a module of `helpers` (by name) or a file: it and all that it imports.
+
+    Comments, docstrings and blank lines do not count. Without a home, or with one outside the package (a notebook's own
+    cell), all of `helpers` counts.
+    """
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        inside = path.relative_to(package)
-        if inside.parts[0] not in _NOT_CODE_OF_RESULTS:
-            text = path.read_text(encoding="utf-8")
-            with contextlib.suppress(SyntaxError):  # a file that does not parse counts as it stands
-                text = _bare_source(text)
-            digest.update(f"{inside.as_posix()}\n{text}\n".encode())
+    for path in _code_behind(home):
+        stat = path.stat()
+        name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+        digest.update(f"{name}\n{_bare_file(path, stat.st_size, stat.st_mtime_ns)[0]}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def _code_behind(home: str | Path | None) -> list[Path]:
+    if isinstance(home, Path) and home.is_file():
+        return import_closure(home)
+    own = _files_of(home)[-1:] if isinstance(home, str) and home.startswith(f"{PACKAGE.name}.") else []
+    return import_closure(own[0]) if own else sorted(PACKAGE.rglob("*.py"))
+
+
+def _home(make: Callable[..., Any]) -> str:
+    """The name of the module that a function was written in, also behind `functools.partial`."""
+    while isinstance(make, functools.partial):
+        make = make.func
+    return getattr(make, "__module__", "") or ""
 
 
 @functools.cache
@@ -169,14 +223,19 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def artifact(kind: str, key: Mapping[str, Any], make: Callable[[Path], Any]) -> Path:
+def _digest(value: Any) -> str:
+    return hashlib.sha256(to_json(value, indent=None).encode()).hexdigest()
+
+
+def artifact(kind: str, key: Mapping[str, Any], make: Callable[[Path], Any], *, home: str | None = None) -> Path:
     """Return the folder that `make(folder)` fills, making it only where no finished one with this key exists.
 
-    Interrupted or failing makes leave nothing under the final name. Two processes may make the same one; the first to
-    finish wins.
+    `home` names the module whose code makes it (default: the one that `make` was written in). Interrupted or failing
+    makes leave nothing under the final name. Two processes may make the same one; the first to finish wins.
     """
-    full_key = {"kind": kind, "key": plain(key), "code": code_version()}
-    digest = hashlib.sha256(to_json(full_key, indent=None).encode()).hexdigest()
+    asked = {"kind": kind, "key": plain(key)}
+    full_key = asked | {"code": code_version(home or _home(make))}
+    digest = _digest(full_key)
     folder = artifacts_dir() / kind / digest[:20]
     if folder.is_dir():
         return folder
@@ -185,7 +244,7 @@ def artifact(kind: str, key: Mapping[str, Any], make: Callable[[Path], Any]) -> 
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
-        with seeded(int(digest[:15], 16)), full_disk_in_words():
+        with seeded(int(_digest(asked)[:15], 16)), full_disk_in_words():
             make(partial)
         write_json(partial / "key.json", full_key)
         try:
@@ -218,7 +277,7 @@ def _alive(process: int) -> bool:
 
 def cached_json(kind: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
     """Return `make()` as read back from JSON (tuples are lists on the first call too), computing it once per key."""
-    folder = artifact(kind, key, lambda to: write_json(to / "value.json", make()))
+    folder = artifact(kind, key, lambda to: write_json(to / "value.json", make()), home=_home(make))
     return json.loads((folder / "value.json").read_text(encoding="utf-8"))
 
 
@@ -228,4 +287,4 @@ def cached_tensors(kind: str, key: Mapping[str, Any], make: Callable[[], Mapping
     def save(to: Path) -> None:
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in make().items()}, to / "tensors.safetensors")
 
-    return load_file(artifact(kind, key, save) / "tensors.safetensors")
+    return load_file(artifact(kind, key, save, home=_home(make)) / "tensors.safetensors")

@@ -1,6 +1,7 @@
 """Artifacts are made once per key, whole or not at all, and finding one changes nothing that follows."""
 
 import errno
+import functools
 import json
 import os
 import random
@@ -41,15 +42,16 @@ def test_the_same_key_is_made_once_and_another_key_again():
 
 def test_changed_code_never_meets_old_results(monkeypatch):
     assert cached_json("kind", {}, lambda: "old") == "old"
-    monkeypatch.setattr(store, "code_version", lambda: "another")
+    monkeypatch.setattr(store, "code_version", lambda home: "another")
     assert cached_json("kind", {}, lambda: "new") == "new"
 
 
 def test_code_version_ignores_prose_and_sees_code(tmp_path):
     def version(text):
-        (tmp_path / "a.py").write_text(text)
-        code_version.cache_clear()
-        return code_version(tmp_path)
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}" / "a.py"
+        path.parent.mkdir()
+        path.write_text(text)
+        return code_version(path)
 
     base = version('"""Doc."""\n\ndef f(x):\n    """One."""\n    return x + 1  # note\n')
     assert version('"""Other\nprose."""\ndef f(x):\n    """Two\n    lines."""\n    return x + 1\n') == base
@@ -58,7 +60,52 @@ def test_code_version_ignores_prose_and_sees_code(tmp_path):
     assert version('"""Doc."""\n\ndef f(x):\n    """One."""\n    return "# note"\n') != version(
         '"""Doc."""\n\ndef f(x):\n    """One."""\n    return "# other"\n'
     )
-    code_version.cache_clear()
+
+
+@pytest.fixture
+def small_package(monkeypatch, tmp_path):
+    """A package `helpers` of its own: `a` imports `room.b` at its top and `c` inside a function; `d` is alone."""
+    package = tmp_path / "helpers"
+    (package / "room").mkdir(parents=True)
+    for name, text in {
+        "__init__": "from helpers.d import x\n",
+        "a": "from helpers.room import b\n\ndef f():\n    import helpers.c\n    return b.x\n",
+        "room/__init__": "",
+        "room/b": "x = 1\n",
+        "c": "import helpers.a\n",
+        "d": "x = 1\n",
+    }.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    monkeypatch.setattr(store, "PACKAGE", package)
+    return package
+
+
+def test_an_artifact_depends_on_the_code_that_its_maker_imports_and_on_no_other(small_package):
+    found = {p.relative_to(small_package).as_posix() for p in store.import_closure(small_package / "a.py")}
+    assert found == {"a.py", "c.py", "room/__init__.py", "room/b.py"}
+    before = code_version("helpers.a"), code_version("helpers.d")
+    (small_package / "room" / "b.py").write_text("x = 22\n")
+    assert code_version("helpers.a") != before[0] and code_version("helpers.d") == before[1]
+    assert code_version() != code_version("helpers.a"), "without a home, all of the package counts"
+    assert code_version("__main__") == code_version()
+
+
+def test_the_maker_is_found_behind_partial_and_lambda(monkeypatch):
+    asked = []
+    monkeypatch.setattr(store, "code_version", lambda home: asked.append(home) or "x")
+    cached_json("kind", {"k": 1}, functools.partial(dict, a=1))
+    cached_json("kind", {"k": 2}, lambda: {})
+    cached_tensors("kind", {"k": 3}, lambda: {"x": torch.ones(1)})
+    assert asked == ["builtins", __name__, __name__]
+
+
+def test_draws_follow_the_callers_key_and_not_the_code(monkeypatch):
+    def drawn(version):
+        monkeypatch.setattr(store, "code_version", lambda home: version)
+        return cached_json("kind", {"n": 7}, lambda: float(torch.rand(())))
+
+    assert drawn("one") == drawn("another")
 
 
 def test_a_failing_make_leaves_nothing_and_is_tried_again():

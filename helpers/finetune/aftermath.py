@@ -61,7 +61,7 @@ def attacked(p: Profile, method: str, setting: float, poison: float = 0.1) -> di
         defended = METHODS[method].tune(Run(p), setting)
         found = {0: look(defended, p, "test")}
         found |= {steps: look(lm, p, "test") for steps, lm in attack(defended, Run(p, poison))}
-        return {"setting": setting, "poison": poison, "code_version": code_version(), "bits": found}
+        return {"setting": setting, "poison": poison, "code_version": code_version(__name__), "bits": found}
 
     return cached_json("attacked", key, make)
 

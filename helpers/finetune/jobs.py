@@ -79,7 +79,7 @@ def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
         found["bits"] = {split: look(lm, p, split) for split in (("val", "test") if choosing else ("test",))}
         if choosing:
             found["drift"] = drift(base, lm, p)
-        found |= {"code_version": code_version(), "seconds": round(time.perf_counter() - began, 1)}
+        found |= {"code_version": code_version(__name__), "seconds": round(time.perf_counter() - began, 1)}
         return asdict(job) | found
 
     return cached_json("compared", key, make)

@@ -269,7 +269,7 @@ def finetune(
     bases = {name: (where.side, _digest(where.basis.tolist())) for name, where in (subspaces or {}).items()}
     data = _digest([(row.get("prompt"), row.get("answer")) for row in rows])
     key = {"model": (fingerprint(lm_path), dtype), "rows": data, "config": cfg, "variant": variant, "subspaces": bases}
-    checkpoint = artifacts_dir() / "checkpoints" / f"{_digest((plain(key), code_version()))}.safetensors"
+    checkpoint = artifacts_dir() / "checkpoints" / f"{_digest((plain(key), code_version(__name__)))}.safetensors"
     checkpoint.parent.mkdir(exist_ok=True)
     return artifact("adapters", key, lambda to: train(load(), rows, cfg, to, checkpoint=checkpoint, **how))
 

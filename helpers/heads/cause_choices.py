@@ -122,7 +122,7 @@ def run(p: Profile, choices: Sequence[Choice]) -> dict[str, Any]:
     key = {"model": fingerprint(p.model), "rows": rows, "size": size, "factors": FACTORS}
     found = {one.value: cached_json("shared-heads", key | {"choice": one}, partial(run_choice, lm, scores, rows, one,
                                                                                    size)) for one in choices}
-    made = {"model": p.model, "weights": fingerprint(p.model), "code_version": code_version()}
+    made = {"model": p.model, "weights": fingerprint(p.model), "code_version": code_version(__name__)}
     return made | {"seconds": round(time.perf_counter() - began), "choices": found}
 
 

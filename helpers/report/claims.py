@@ -5,7 +5,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from helpers.config import Profile, profile, results_dir
+from helpers.config import ROOT, Profile, profile, results_dir
 from helpers.store import code_version, write_json
 
 VERDICTS = ("reproduced", "not reproduced", "untested")
@@ -103,7 +103,7 @@ def claim(
         "profile": p.name,
         "model": p.model,
         "device": p.device or "auto",
-        "code_version": code_version(),
+        "code_version": code_version(ROOT / "notebooks" / f"{notebook}.py"),
         "seconds": round(float(seconds), 1),
         "reason": reason,
         "details": details or {},

@@ -162,7 +162,7 @@ def run(p: Profile, choices: Sequence[Choice] = CHOICES) -> dict[str, Any]:
     for one in choices:
         again = {"choice": one.name, "strengths": dial.METHODS[one.method][0]}
         methods[one.name] = cached_json("choices", key | again, partial(run_choice, lm, asked, one))
-    made = {"model": p.model, "weights": fingerprint(p.model), "code_version": code_version()}
+    made = {"model": p.model, "weights": fingerprint(p.model), "code_version": code_version(__name__)}
     return made | {"seconds": round(time.perf_counter() - began), "plain": plain, "methods": methods}
 
 

@@ -173,7 +173,7 @@ def run(p: Profile) -> dict[str, Any]:
         lm = load_model(p.model, device=p.device, dtype=p.dtype)
         found = {"plain": look(lm, asked, True), "val": shares(measure(lm, asked.val, **asked.size))}
         found["methods"] = {name: run_method(lm, name, asked) for name in METHODS}
-        made = {"model": p.model, "weights": fingerprint(p.model), "code_version": code_version()}
+        made = {"model": p.model, "weights": fingerprint(p.model), "code_version": code_version(__name__)}
         return made | {"seconds": round(time.perf_counter() - began)} | found
 
     return cached_json("dial", key, make)
