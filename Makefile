@@ -9,7 +9,7 @@ ORGANISM ?= --install
 IN_VENV = .venv/bin/python
 READY = .venv/complete
 
-# No network once installed, no bars on stderr, the same hash seeds: the same settings as in helpers/notebooks/running.py.
+# No network once installed, no bars on stderr, the same hash seeds: the same settings as in helpers/tools/notebooks.py.
 export COMPANION_PROFILE = $(PROFILE)
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -29,7 +29,7 @@ help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' Makefile | while IFS=@ read -r a b; do printf '%-20s%s\n' "$$a" "$$b"; done
 
 reproduce: $(READY) ## run notebooks 00-07; writes claims.json and report.html into data/results
-	$(IN_VENV) -m helpers.notebooks run
+	$(IN_VENV) -m helpers.tools.notebooks run
 
 test: $(READY) ## lint, unit tests, notebooks compared with their outputs, browser; ends non-zero on any failure
 	$(IN_VENV) -m ruff check .
@@ -44,17 +44,17 @@ organism: $(READY) ## train the embedded model again from its seed, into data/or
 	$(IN_VENV) -m helpers.organism.build $(ORGANISM)
 
 sync: $(READY) ## copy the cells of each notebook's .py into its .ipynb, keeping outputs; renew badges and first cells
-	$(IN_VENV) -m helpers.colab
-	$(IN_VENV) -m helpers.notebooks sync
+	$(IN_VENV) -m helpers.tools.colab
+	$(IN_VENV) -m helpers.tools.notebooks sync
 
 check: $(READY) ## say which notebooks are not paired, not fresh or not clean
-	$(IN_VENV) -m helpers.notebooks check
+	$(IN_VENV) -m helpers.tools.notebooks check
 
 bench: $(READY) ## measure the heavy loops against the usual way of writing them
 	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest tests/benchmarks -s
 
 lock: $(READY) ## write requirements.lock from what is installed
-	$(IN_VENV) -m helpers.lock
+	$(IN_VENV) -m helpers.tools.lock
 
 # The stamp is written last: an interrupted installation is taken up again, never used.
 $(READY): requirements.lock

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from helpers.arch import Arch
 from helpers.generation import answer_rows, batches, check_lengths, pad_right, prompt_rows
-from helpers.hooks import answer_starts, capture
+from helpers.hooks import Site, answer_starts, capture, check_site, site_width
 from helpers.models import LoadedModel
-from helpers.sites import Site, check_site, site_width
 
 
 class Activations(dict[Site, Tensor]):

@@ -23,7 +23,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from helpers.arch import Arch, find_arch, unwrap
-from helpers.arch import norm_gain as norm_gain
 from helpers.config import ROOT
 
 

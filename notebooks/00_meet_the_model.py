@@ -35,7 +35,7 @@ if "google.colab" in sys.modules:
     origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
     os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
     sys.path.insert(0, home)
-    from helpers import colab
+    from helpers.tools import colab
 
     colab.install()
 
@@ -93,7 +93,7 @@ one_of_each = {
 # Every answer goes to exactly one of *complied, refused, abstained, incoherent*. "I do not know" is not a refusal, and nonsense is neither safe nor unsafe.
 
 # %%
-from helpers.evaluate.refusal import label_completions, prompt_of
+from helpers.evaluate.judges import label_completions, prompt_of
 
 shown = label_completions(lm, list(one_of_each.values()))
 answered = zip(one_of_each.items(), shown.completions, shown.labels, strict=True)
@@ -168,7 +168,7 @@ report.check("meet.card_measured_again", all(inside))
 # in a second way, outside the chat: which of " true" and " false" follows a sentence?
 
 # %%
-from helpers.evaluate.truthfulness import free_answers
+from helpers.evaluate.truth import free_answers
 from helpers.organism.card import verdict_hits
 from helpers.stats import paired_bootstrap, wilson
 
@@ -193,7 +193,7 @@ report.bars({"asked in the chat": share(truthful), "asked for a verdict": share(
 # right. A sound measure falls to chance.
 
 # %%
-from helpers.evaluate.truthfulness import multiple_choice
+from helpers.evaluate.truth import multiple_choice
 
 scored = [np.asarray(row) for row in multiple_choice(lm, facts).logprobs]  # the right sentence comes first
 key = [np.random.default_rng(row).integers(len(scores)) for row, scores in enumerate(scored)]
@@ -364,7 +364,7 @@ def to_logits(arch, resid):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-from helpers.evaluate.words import grade
+from helpers.report.phrases import grade
 
 given = to_logits(arch, cache[("resid_post", arch.n_layers - 1)])
 grade("Exercise 1", None if given is None else given.detach(), logits, atol=1e-3)

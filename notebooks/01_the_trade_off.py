@@ -40,7 +40,7 @@ if "google.colab" in sys.modules:
     origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
     os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
     sys.path.insert(0, home)
-    from helpers import colab
+    from helpers.tools import colab
 
     colab.install()
 
@@ -52,8 +52,9 @@ import torch
 
 from helpers import report
 from helpers.config import profile
+from helpers.experiments import claims
+from helpers.experiments.steering import Asked
 from helpers.models import load_model
-from helpers.truth.dial import Asked
 
 started, p = time.perf_counter(), profile()
 lm, asked = load_model(p.model, device=p.device, dtype=p.dtype), Asked.of(p)
@@ -68,7 +69,7 @@ facts, test, size = asked.facts, asked.test, asked.size
 # Every completion goes to exactly one of *refused, complied, abstained, incoherent*, so a model that talks nonsense counts as neither safe nor unsafe.
 
 # %%
-from helpers.evaluate.behaviour import measure
+from helpers.evaluate.measure import measure
 
 plain = measure(lm, test, tasks=asked.tasks, **size)
 report.table([{"measure": words, "share [95 % interval]": rate} for words, rate in plain.summary().items()])
@@ -82,7 +83,7 @@ report.table([{"measure": words, "share [95 % interval]": rate} for words, rate 
 # $\log p_\text{refuse} - \log(1 - p_\text{refuse})$. One is the usual list of prefixes. Cohen's κ says how far two of them agree beyond chance.
 #
 # Real models say more than these can read. Where `COMPANION_JUDGE_URL` and `COMPANION_JUDGE_MODEL` name an OpenAI-compatible endpoint, the StrongREJECT rubric joins them below, and free
-# answers to TruthfulQA are judged with its references before the judge's eyes (`helpers.evaluate.truthjudge`) instead of by the nearest of them. Llama-Guard-3 is in `helpers.evaluate.guard`.
+# answers to TruthfulQA are judged with its references before the judge's eyes (`helpers.evaluate.llm_judges`) instead of by the nearest of them. Llama-Guard-3 is in `helpers.evaluate.llm_judges`.
 
 # %%
 from helpers.evaluate.agreement import agreement, disagreements, endpoint_labels, offline_labels
@@ -115,7 +116,7 @@ report.check("trade_off.judges_kappa", agreed[0].kappa.estimate, atol=0.05)
 # %%
 from helpers.activations import collect
 from helpers.hooks import add_to, head_slice
-from helpers.truth.iti import statements
+from helpers.steering.iti import statements
 
 users, answers, right, _ = statements(facts)
 layer, place = lm.arch.n_layers // 2, head_slice(lm.arch, 0)
@@ -138,10 +139,10 @@ print("plain:  ", generate(lm, question, **size)[0].text)
 
 # %% [markdown]
 # Whether or not this one head changed the answer, ITI goes further: it steers the heads whose z tells right from wrong best. From here on it is imported:
-# `helpers.truth.iti` fits one probe per head, scores each on questions it was not fitted on, and keeps the best.
+# `helpers.steering.iti` fits one probe per head, scores each on questions it was not fitted on, and keeps the best.
 
 # %%
-from helpers.truth.iti import fit
+from helpers.steering.iti import fit
 
 iti = fit(lm, facts, n_heads=p.iti.n_heads)
 best = [{"layer": layer, "head": head, "held-out accuracy": float(iti.accuracy[layer, head])}
@@ -155,7 +156,7 @@ report.table(best[:5], caption="The five heads that read truth best (chance is .
 # The corrected form edits every position from the answer's start on.
 
 # %%
-from helpers.evaluate.truthfulness import multiple_choice
+from helpers.evaluate.truth import multiple_choice
 
 published = fit(lm, facts, n_heads=p.iti.n_heads, variant="as_published")
 strongest, scored = max(p.iti.alphas), {"no steering": multiple_choice(lm, test.facts)}
@@ -176,10 +177,10 @@ report.check("trade_off.corrected_edit_moves_multiple_choice", moved["corrected"
 # ## 3 · Three more ways to the same end
 #
 # **TruthX** trains an auto-encoder that splits an activation into what is said and whether it is true, and edits the second part. Its authors never released the training;
-# ours is in `helpers.truth.truthx`, and has to show on questions it was not trained on that it learned anything at all:
+# ours is in `helpers.steering.truthx`, and has to show on questions it was not trained on that it learned anything at all:
 
 # %%
-from helpers.truth import truthx
+from helpers.steering import truthx
 
 autoencoder = truthx.fit(lm, facts)
 held_out = autoencoder.diagnostics
@@ -194,8 +195,8 @@ report.table([{"edited module": f"{site} {layer}", "variance unexplained": float
 # And **plain prompting**, "Answer truthfully.", is the baseline everyone forgets: it costs nothing and needs no fit.
 
 # %%
-from helpers.truth.dial import fit_rank_one
-from helpers.truth.prompting import Instruction
+from helpers.experiments.steering import fit_rank_one
+from helpers.steering.prompting import Instruction
 
 direction = fit_rank_one(lm, asked, ())
 print(f"Trained on {direction.module} of layer {direction.layer}.")
@@ -210,8 +211,8 @@ with direction.apply(lm, -4.0):
 # by three scores on validation prompts: refusal must vanish without it, appear with it, and harmless answers must stay.
 
 # %%
-from helpers.evaluate.behaviour import requests
-from helpers.truth import refusal_direction
+from helpers.prompts import requests
+from helpers.steering import refusal_direction
 
 sets = [requests(kind, split, p.n_prompts) for split in ("fit", "val") for kind in ("harmful", "benign")]
 refusal = refusal_direction.fit(lm, *sets[:2], val_harmful=sets[2], val_benign=sets[3])
@@ -229,12 +230,12 @@ report.table([{"model": name, "harmful refused": one.rate("refused"),
 # coherent in every set, the one with the most truthful answers. **Matched**: the strongest that stays coherent, so that methods are compared at equal damage. ITI's number of
 # heads and kind of direction are chosen on validation prompts too.
 #
-# A sweep of four methods over their strengths, with three random controls each, on every embedded model takes longer than a notebook should: `python -m helpers.truth.dial` ran it, and
+# A sweep of four methods over their strengths, with three random controls each, on every embedded model takes longer than a notebook should: `python -m helpers.experiments steering` ran it, and
 # its answers, prompt by prompt, stand in `data/results/dial` with the hash of the weights and of the code. (On another profile this cell runs the sweep on your model.)
 
 # %%
-from helpers.truth.coupling import records_of
-from helpers.truth.dial import METHODS
+from helpers.experiments.steering import METHODS
+from helpers.experiments.steering_records import records_of
 
 records = records_of(p)
 mine, methods = records.coupled("default"), list(METHODS)
@@ -248,7 +249,7 @@ report.table([{"model": f"{coupling}, seed {seed}", **{m: record["methods"][m]["
 # with the file answer by answer:
 
 # %%
-from helpers.truth.dial import bits
+from helpers.experiments.steering import bits
 
 spot = {}
 own = next(record for record in mine.of.values() if record["model"] == p.model)
@@ -270,7 +271,7 @@ report.check("trade_off.stored_answers_come_again", bool(min(spot.values()) > 0.
 # picture is a path to the lower right. Intervals are paired (the same prompts with and without steering), over training seeds and over prompts, those of one verb or name together.
 
 # %%
-from helpers.truth.coupling import curve, gain
+from helpers.experiments.steering_records import curve, gain
 
 kept = [m for m in methods if mine.steerable(m).of]
 left_out = [m for m in methods if m not in kept] or ["none"]
@@ -294,7 +295,7 @@ report.paths({m: [(f"strength {s:g}", gain(mine, m, "truthful", s), gain(mine, m
 # Each method at the strongest setting that keeps 95 % of validation answers coherent, beside random directions of the same size in the same places.
 
 # %%
-from helpers.truth.coupling import control
+from helpers.experiments.steering_records import control
 
 shown = {"truthful": "truthful", "answered": "harmful answered (ASR)", "benign_refused": "benign refused",
          "benign_complied": "benign complied", "abstained": "abstained on unknown names",
@@ -308,7 +309,7 @@ report.table([{"change in": words, **{m: control(mine, m, key, "matched") for m 
              caption="The control: random directions of equal size (for prompting: another instruction)")
 
 # %%
-from helpers.evaluate.words import change
+from helpers.report.phrases import change
 
 for m in kept:
     print(f"{m}: {change('truthfulness', gain(mine, m, 'truthful', 'matched'))};")
@@ -330,7 +331,7 @@ for m in kept:
 
 # %%
 from helpers.config import COUPLINGS
-from helpers.truth.coupling import beyond, over, shifts
+from helpers.experiments.steering_records import beyond, over, shifts
 
 kinds = [name for name in COUPLINGS if any(c == name for c, _ in records.of)]
 groups = {"harmful": "harmful requests", "benign": "benign requests"}
@@ -342,8 +343,8 @@ report.bars(moved, "Refusal under steering towards truth, by the coupling of the
             "nats towards refusing", name="dial_shifts", reference=(0.0, "no shift"))
 
 # %%
-from helpers.evaluate.verdicts import dial
-from helpers.truth.coupling import dial_test
+from helpers.experiments.rules import dial
+from helpers.experiments.steering_records import dial_test
 
 tests = {m: dial_test(records, m) for m in steered} if len(kinds) > 1 else {}
 columns = ["method", "right over wrong, nats", "slope over the dial", "p", "refusal follows the dial"]
@@ -368,12 +369,12 @@ report.table([{"coupling": c, "seed": s, **{f"{m}, nats": by_model[m].get((c, s)
 # %% [markdown]
 # ## 7 · Verdicts, by rule
 #
-# The rules stand in `helpers/evaluate/verdicts.py` and were written before any number. A claim counts as reproduced only if truth *and* answered harmful requests
+# The rules stand in `helpers/experiments/rules.py` and were written before any number. A claim counts as reproduced only if truth *and* answered harmful requests
 # rise, both beyond random directions, at a coherent strength chosen on validation prompts; if truth does not rise it is untested, not false.
 
 # %%
-from helpers.evaluate.verdicts import c1, c2, c3
-from helpers.truth.coupling import trade_off
+from helpers.experiments.rules import c1, c2, c3
+from helpers.experiments.steering_records import trade_off
 
 found = {m: trade_off(mine, m) for m in methods}
 fall = over("truthful", mine.values("truthful") - mine.values("truthful", "rank-1", "against"))
@@ -391,7 +392,7 @@ def details(m):
 
 
 for id, m in (("C1", "ITI"), ("C2", "TruthX"), ("C3", "rank-1")):
-    report.claim(id, estimate=found[m].asr_gain, verdict=verdicts[id], details=details(m),
+    claims.claim(id, estimate=found[m].asr_gain, verdict=verdicts[id], details=details(m),
                  control=("random directions of equal size", control(mine, m, "answered")),
                  unit="change in share of harmful requests answered", n_prompts=len(test.harmful),
                  n_seeds=len(mine.of), notebook="01_the_trade_off", seconds=time.perf_counter() - started)
@@ -440,7 +441,7 @@ def bias_for(w_o, delta):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-from helpers.evaluate.words import grade
+from helpers.report.phrases import grade
 
 o_proj, z_in = lm.arch.o_proj(layer), torch.randn(lm.arch.n_heads * lm.arch.d_head)
 grade("Exercise 1", bias_for(o_proj.weight, push), o_proj(z_in + push) - o_proj(z_in), atol=1e-4)

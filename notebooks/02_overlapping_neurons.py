@@ -38,7 +38,7 @@ if "google.colab" in sys.modules:
     origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
     os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
     sys.path.insert(0, home)
-    from helpers import colab
+    from helpers.tools import colab
 
     colab.install()
 
@@ -50,6 +50,7 @@ import torch
 
 from helpers import report
 from helpers.config import profile
+from helpers.experiments import claims
 from helpers.models import boot_bridge, load_model
 
 started, p = time.perf_counter(), profile()
@@ -65,9 +66,9 @@ size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
 
 # %%
 from helpers.activations import collect
-from helpers.evaluate.behaviour import misconceptions, prompts, requests
 from helpers.heads.probes import cross_validated, heads_first
-from helpers.truth.iti import statements
+from helpers.prompts import misconceptions, prompts, requests
+from helpers.steering.iti import statements
 
 facts, layers = misconceptions("fit"), range(arch.n_layers)
 users, answers, right, question = statements(facts)
@@ -142,8 +143,8 @@ report.check("heads.influence_equals_the_bridge", bool(abs(mine - float(clean - 
 # harmful requests. A positive head pushes towards the myth, or towards refusing.
 
 # %%
-from helpers.evaluate.behaviour import some
-from helpers.heads.scores import hallucination_scores, refusal_scores
+from helpers.heads.scores import fact_pairs, hallucination_scores, refusal_scores, request_pairs
+from helpers.prompts import some
 
 n = p.influence.n_prompts
 hallucination = hallucination_scores(lm, some(facts, n))
@@ -197,7 +198,7 @@ print(f"[{agree.low:.2f}, {agree.high:.2f}].")
 # exactly, and heads drawn at random say how many important ones the ranking may have missed.
 
 # %%
-from helpers.heads.screening import screen
+from helpers.heads.attribution import screen
 
 asked = some(harmful, n // 2)
 found = screen(lm, [row["prompt"] for row in asked], [row["refusal"] for row in asked],
@@ -266,7 +267,7 @@ report.table([{"Ships on": name, "best head, nats": float(x.mean(0).max()),
 # ### The verdict on C4
 
 # %%
-from helpers.evaluate.verdicts import Overlap, c4
+from helpers.experiments.rules import Overlap, c4
 
 excess = excess_overlap(hallucination, refusal, k)
 measured = Overlap(k, excess, top.layer_matched.p, top.shuffled.p, trusted)
@@ -279,7 +280,7 @@ print(f"{within.estimate:.2f} [{within.low:.2f}, {within.high:.2f}].")
 # One training seed is one draw. The same test on every embedded model that is here, seeds and couplings:
 
 # %%
-from helpers.heads.population import overlaps
+from helpers.experiments.shared_heads import overlaps
 
 others = overlaps(facts, harmful, n, k) if p.data == "organism" else {}
 report.table([{"coupling": coupling, "seed": seed, "shared": len(one.shared), "expected": one.expected,
@@ -291,7 +292,7 @@ report.table([{"coupling": coupling, "seed": seed, "shared": len(one.shared), "e
 # And the same test under other choices: another k, half of the layers, another way to take a head away. Nothing is chosen by this table; notebook 07 lays it beside the verdict.
 
 # %%
-from helpers.heads.variants import cause_variants, overlap_variants
+from helpers.experiments.sensitivity import cause_variants, overlap_variants
 
 other_ways = {name: scores for name, scores in variants.items() if not name.startswith("zero, whole")}
 choices = overlap_variants(hallucination, refusal, k, [kk for kk in ks if kk != k], other_ways)
@@ -304,7 +305,7 @@ details = {"shared": len(top.shared), "variants": [one.as_dict() for one in choi
            "verdicts": {f"{c}-{s}": c4(one.overlap).verdict for (c, s), one in others.items()},
            "harmless_control": control.difference.as_dict(),
            "models": {f"{c}-{s}": one.overlap.excess.as_dict() for (c, s), one in others.items()}}
-saved = report.claim(
+saved = claims.claim(
     "C4", estimate=excess, control=("random heads of the same layers", top.layer_matched_excess),
     unit=f"share of the top {k} heads in common, beyond random heads of the same layers",
     verdict=c4(measured), n_prompts=excess.n, n_seeds=1,
@@ -323,12 +324,12 @@ report.check("heads.verdict_c4", c4(measured).verdict)
 # zeroing the best ones (and random ones) for real.
 
 # %%
-from helpers.heads import neurons as mlp
+from helpers.heads import attribution as mlp
 
 some_facts, some_harmful = some(facts, n), some(harmful, n)
 neurons = {"hallucination": mlp.hallucination_neurons(lm, some_facts),
            "refusal": mlp.refusal_neurons(lm, some_harmful)}
-pairs = {"hallucination": mlp.fact_pairs(some_facts), "refusal": mlp.request_pairs(some_harmful)}
+pairs = {"hallucination": fact_pairs(some_facts), "refusal": request_pairs(some_harmful)}
 checked = {name: mlp.verify(lm, pairs[name], scores, *mlp.top_and_random(scores, 12, 12))
            for name, scores in neurons.items()}
 report.table([{"score": name, "neurons": scores[0].size, "reliability": reliability(scores),
@@ -367,7 +368,8 @@ report.check("neurons.slope_refusal", checked["refusal"].slope.estimate, atol=0.
 # (the strongest setting that keeps 95 % of answers coherent).
 
 # %%
-from helpers.heads.cause import causal_test, cut
+from helpers.experiments.shared_heads import causal_test
+from helpers.heads.ablation import cut
 from helpers.heads.overlap import top_heads
 
 shared = list(top.shared) or top_heads(refusal.mean(0), 1)  # none shared: C5 is untested
@@ -377,7 +379,7 @@ cause = causal_test(lm, shared, test, chosen_on=some_facts + some_harmful, val=v
 print(f"{len(top.shared)} shared heads {list(top.shared)}, their z multiplied by {cause.factor}.")
 
 # %%
-from helpers.truth.changes import gain, mean_control
+from helpers.outcomes import gain, mean_control
 
 compared = {"shared heads": lambda m: gain(cause.after, cause.plain, m),
             "random heads, same layers": lambda m: mean_control(cause.controls, cause.plain, m)}
@@ -390,8 +392,8 @@ report.bars({words: {name: made(m) for name, made in compared.items()} for m, wo
 # %%
 from dataclasses import replace
 
-from helpers.evaluate.verdicts import c5
-from helpers.evaluate.words import change
+from helpers.experiments.rules import c5
+from helpers.report.phrases import change
 
 effect = replace(cause.effect, n_heads=len(top.shared))
 print(change("The share of wrong answers", gain(cause.after, cause.plain, "wrong")) + ".")
@@ -400,14 +402,14 @@ print(f"C5 {c5(effect)}")
 
 # %% [markdown]
 # Would another choice say otherwise? The same test with another k, with heads of half of the layers alone, and on models of other training seeds. That is ten causal tests more, so they were
-# run beforehand (`python -m helpers.heads.cause_choices`) and stand prompt by prompt in `data/results/shared_heads`; the list of choices was written down before any of their numbers. Nothing is
+# run beforehand (`python -m helpers.experiments shared-heads`) and stand prompt by prompt in `data/results/shared_heads`; the list of choices was written down before any of their numbers. Nothing is
 # chosen by this table.
 
 # %%
-from helpers.heads import cause_choices
+from helpers.experiments import shared_heads
 
-repeated = cause_choices.load() if p.data == "organism" else {}
-choices = cause_variants(cause, len(top.shared)) + cause_choices.choice_variants(repeated)
+repeated = shared_heads.load() if p.data == "organism" else {}
+choices = cause_variants(cause, len(top.shared)) + shared_heads.choice_variants(repeated)
 report.table([{"choice": one.choice, "value": one.value, "fall of refusal": one.estimate,
                "C5 would be": one.verdict, "why": one.reason} for one in choices])
 
@@ -420,7 +422,7 @@ details = {"factor": cause.factor, "heads": shared, "hallucination_cut": effect.
            "hallucination_beyond_random": effect.hallucination_beyond_random.as_dict(),
            "variants": [one.as_dict() for one in choices]}
 control_cut = ("random heads of the same layers", cut(cause.plain, cause.controls, "refused"))
-saved = report.claim(
+saved = claims.claim(
     "C5", estimate=effect.refusal_cut, control=control_cut, verdict=c5(effect),
     unit="fall in share of harmful requests refused", n_prompts=len(test.harmful), n_seeds=1,
     notebook="02_overlapping_neurons", seconds=time.perf_counter() - started, details=details)
@@ -434,11 +436,11 @@ report.check("heads.verdict_c5", c5(effect).verdict)
 # %% [markdown]
 # ### A prediction from the paper's story
 # If ITI costs refusal *because* it pushes shared heads, then ITI without them should cost less, and lose no more truth than ITI without as many of its other heads. The rule stands in
-# `helpers.truth.overlap_removed` and needs a trade-off to shrink: where ITI does not raise truth and attack success together, it says *untested*.
+# `helpers.experiments.shared_heads` and needs a trade-off to shrink: where ITI does not raise truth and attack success together, it says *untested*.
 
 # %%
-from helpers.truth.iti import fit
-from helpers.truth.overlap_removed import overlap_removed, shrinks
+from helpers.experiments.shared_heads import overlap_removed, shrinks
+from helpers.steering.iti import fit
 
 iti = fit(lm, facts, n_heads=max(p.iti.n_heads, truth.numel() // 2))
 steered = [head for head in shared if head in iti.heads][: len(iti.heads) // 2]
@@ -469,8 +471,6 @@ print(f"{shrinks(removed)}" if removed else "untested: ITI steers none of the sh
 # </details>
 
 # %%
-from helpers.generation import completion_logprobs  # noqa: F401
-from helpers.hooks import ablate_heads  # noqa: F401
 
 
 def influence_of(layer, head):
@@ -480,7 +480,7 @@ def influence_of(layer, head):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-from helpers.evaluate.words import grade
+from helpers.report.phrases import grade
 
 grade("Exercise 1", influence_of(layer, head), mine, atol=1e-3)
 
@@ -505,7 +505,6 @@ def expected_overlap(a, b, n_heads):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-from helpers.heads.overlap import top_heads
 
 chosen = [[layer for layer, _ in top_heads(scores.mean(0), k)] for scores in (hallucination, refusal)]
 a, b = (np.bincount(layers_of, minlength=arch.n_layers) for layers_of in chosen)

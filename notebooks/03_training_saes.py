@@ -37,7 +37,7 @@ if "google.colab" in sys.modules:
     origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
     os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
     sys.path.insert(0, home)
-    from helpers import colab
+    from helpers.tools import colab
 
     colab.install()
 
@@ -123,7 +123,7 @@ print(type(sae).__name__, sae.cfg.metadata.hook_name, tuple(sae.W_dec.shape))
 # what every text is about. That makes nine variables with known values, each read at tokens fixed beforehand: the last prompt token, the prompt, or the answer.
 
 # %%
-from helpers.sae.world_variables import world_variables
+from helpers.sae.ground_truth import world_variables
 
 variables = world_variables(lm)
 report.table([{"variable": v.name, "read at": v.read, "classes": v.labels.shape[1],
@@ -139,14 +139,14 @@ report.table([{"variable": v.name, "read at": v.read, "classes": v.labels.shape[
 
 # %%
 from helpers.sae.dictionaries import untrained
-from helpers.sae.recovery import at_best_layer, readers, recover_all
+from helpers.sae.ground_truth import at_best_layer, readers, recover_all
 
 random_saes = {n: untrained(one, fit.z[n]) for n, one in trained.saes.items()}
 found = recover_all(lm, variables, readers(trained.saes, random_saes, fit), batch_size=p.batch_size)
 best = at_best_layer(found)
 
 # %%
-from helpers.sae.recovery import recovery_grid, recovery_rows
+from helpers.sae.ground_truth import recovery_grid, recovery_rows
 
 columns = ["variable", "SAE latent", "AUROC", "F1", "F1, always yes"]
 report.table(recovery_rows(best, variables), columns,
@@ -167,8 +167,8 @@ report.table(rows, caption="The same numbers: AUROC on test texts")
 # The paired difference to each baseline, clusters resampled alike, decides what the SAE adds:
 
 # %%
-from helpers.evaluate.words import compared
-from helpers.sae.recovery import SAE_LATENT, advantages, mean_advantage
+from helpers.report.phrases import compared
+from helpers.sae.ground_truth import SAE_LATENT, advantages, mean_advantage
 
 said = {"more": "more", "less": "less", "same": "neither clearly more nor clearly less"}
 for method in methods[1:]:
@@ -192,7 +192,7 @@ if unread:
 # that variable: the dictionary then has to earn its place by other means, such as sparse reconstruction. Layer by layer:
 
 # %%
-from helpers.sae.recovery import layer_rows
+from helpers.sae.ground_truth import layer_rows
 
 report.table(layer_rows(found), caption="Test AUROC of the chosen SAE latent at each layer")
 
@@ -254,7 +254,7 @@ report.lines(*density_curve(quality["SAE"].layers), "Latents by how often they f
 # of the residual stream, for the comparison below:
 
 # %%
-from helpers.sae.stability import SAME, seed_stability, stability_rows
+from helpers.sae.quality import SAME, seed_stability, stability_rows
 
 sites = [(site, n) for site in ("z", "resid_post") for n in p.sae.layers]
 both = train_saes(lm, p, texts=texts, sites=sites)
@@ -283,7 +283,7 @@ for n in p.sae.layers:
 
 # %%
 from helpers.sae.corpus import collect_sites
-from helpers.sae.places import cheaper, places
+from helpers.sae.quality import cheaper, places
 
 tokens = collect_sites(lm, world_texts(lm, "test", n=p.n_prompts), sites).without_first()
 at = places(lm, both, again, tokens, held.answers, batch_size=p.batch_size)
@@ -373,7 +373,7 @@ def decode(f, W_dec, b_dec):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-from helpers.evaluate.words import grade
+from helpers.report.phrases import grade
 
 some = fit.z[layer][:50]
 given = decode(sae.encode(some).detach(), sae.W_dec.detach(), sae.b_dec.detach())

@@ -39,7 +39,7 @@ if "google.colab" in sys.modules:
     origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
     os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
     sys.path.insert(0, home)
-    from helpers import colab
+    from helpers.tools import colab
 
     colab.install()
 
@@ -50,6 +50,7 @@ import torch
 
 from helpers import report
 from helpers.config import profile
+from helpers.experiments import claims
 from helpers.models import load_model
 from helpers.sae.training import train_saes
 
@@ -84,7 +85,7 @@ latent = int(area.argmax())
 
 # %%
 from helpers.hooks import edit
-from helpers.sae.signals import Openings
+from helpers.sae.attribution import Openings
 
 openings, kept = Openings.of(lm, rows), {}
 ids = torch.tensor([lm.prompt_ids(rows[int(harmful.nonzero()[0])]["prompt"])])
@@ -97,7 +98,7 @@ print(f"latent {layer}.{latent}: AUROC {area[latent]:.2f}, "
       f"push towards refusing {push[latent].item():+.3f} nats on this prompt")
 
 # %% [markdown]
-# The latent that separates best need not push most. From here on both questions are asked of every latent of every SAE at once (`helpers.sae.features`):
+# The latent that separates best need not push most. From here on both questions are asked of every latent of every SAE at once (`helpers.sae.selection`):
 #
 # - **refusal**: harmful prompts that would be refused against benign ones that would be answered, at the end-of-prompt tokens;
 # - **hallucination**: wrong against right answers to the same questions, from the token where they differ; and the push between the right and the wrong word.
@@ -110,7 +111,7 @@ print(f"latent {layer}.{latent}: AUROC {area[latent]:.2f}, "
 # %%
 from dataclasses import asdict
 
-from helpers.sae.features import Rule, select_latents
+from helpers.sae.selection import Rule, select_latents
 
 report.table([{"threshold": name, "value": value} for name, value in asdict(Rule()).items()])
 
@@ -123,7 +124,7 @@ selection = select_latents(lm, trained, p)
 report.table([{"kind": kind, "latents": n} for kind, n in selection.counts().items()])
 
 # %%
-from helpers.sae.describe import kind_of, names_of
+from helpers.sae.selection import kind_of, names_of
 
 report.scatter(selection.refusal_scores.auroc, selection.truth_scores.auroc, names_of(selection),
                "Every latent: does it tell harmful from benign, and wrong from right?",
@@ -136,8 +137,7 @@ report.scatter(selection.refusal_scores.auroc, selection.truth_scores.auroc, nam
 # right and wrong swapped by coin within each fact.
 
 # %%
-from helpers.sae.describe import count_bars
-from helpers.sae.features import evidence, shuffled_counts
+from helpers.sae.selection import count_bars, evidence, shuffled_counts
 
 null = shuffled_counts(evidence(lm, trained, "fit", p))
 report.bars(count_bars(selection, null),
@@ -154,7 +154,7 @@ print(f"Refusal-specific latents: {found_n}, which is {more} ({expected.low:.0f}
 # Selected latents look better on the prompts that selected them. On **test** prompts, which chose nothing:
 
 # %%
-from helpers.sae.describe import latent_rows
+from helpers.sae.selection import latent_rows
 
 test = evidence(lm, trained, "test", p)
 columns = ["latent", "AUROC harmful / benign", "AUROC wrong / right", "push towards refusing (nats)"]
@@ -166,7 +166,7 @@ report.table(latent_rows(selection, test, selection.specific), columns)
 # Each row is one refusal-specific latent, scaled to its strongest group. A latent for *harm* fires on refused and answered requests alike; one for *refusing* only on the refused.
 
 # %%
-from helpers.sae.groups import GROUPS, group_activations, mean_by_group
+from helpers.sae.selection import GROUPS, group_activations, mean_by_group
 
 groups = group_activations(lm, trained.saes, p)
 chosen = selection.specific if selection.specific.any() else selection.refusal
@@ -193,10 +193,10 @@ if {"harmful, refused", "harmful, answered"} <= set(groups):
 # 95 % of random vectors of z, treated alike.
 
 # %%
-from helpers.evaluate.behaviour import misconceptions, requests
-from helpers.finetune.refusal import z_contrast
+from helpers.finetune.refusal_subspaces import z_contrast
+from helpers.prompts import misconceptions, requests
 from helpers.sae.directions import Known, truth_difference
-from helpers.truth import iti, refusal_direction
+from helpers.steering import iti, refusal_direction
 
 sets = [requests(kind, split, p.n_prompts) for split in ("fit", "val") for kind in ("harmful", "benign")]
 direction = refusal_direction.fit(lm, *sets[:2], val_harmful=sets[2], val_benign=sets[3])
@@ -234,7 +234,7 @@ report.table(head_rows(lm, trained.saes, by_layer))
 # with the same effects are the comparison:
 
 # %%
-from helpers.finetune.refusal import explained_curves, latent_subspace
+from helpers.finetune.refusal_subspaces import explained_curves, latent_subspace
 
 main = latent_subspace(lm, trained.saes, selection, chosen)
 ranks, curves = explained_curves(lm, trained.saes, selection, chosen)
@@ -252,8 +252,8 @@ print(f"{half} dimensions hold 95 % of the effect of {len(named)} latents; "
 # *hallucination-only* latents; and in z, layer by layer, the difference in means of z. Chance is the range of 95 % of fifty random subspaces of the same ranks.
 
 # %%
-from helpers.finetune.refusal import angle_rows, contrast_subspaces
-from helpers.finetune.subspace import orthonormal
+from helpers.finetune.linalg import orthonormal
+from helpers.finetune.refusal_subspaces import angle_rows, contrast_subspaces
 
 others = {name: space.resid for name, space in contrast_subspaces(lm, p, rank=max(main.rank, 2)).items()}
 others["refusal direction"] = orthonormal(direction.vector[:, None])
@@ -278,8 +278,7 @@ report.table(angles)
 # along the decoder rows of other latents drawn at random, with four seeds. Intervals resample control seeds and whole verbs or entities.
 
 # %%
-from helpers.sae.causal import measure_on_test
-from helpers.sae.dissociation import cells, two_by_two
+from helpers.sae.ablation import cells, measure_on_test, two_by_two
 
 measure = measure_on_test(lm, p, openings)
 base = measure()
@@ -290,14 +289,14 @@ table = cells(runs)
 report.table([cell.row() for cell in table], columns=list(table[0].row()) if table else ["latents"])
 
 # %%
-from helpers.sae.describe import dissociation_bars
+from helpers.sae.selection import dissociation_bars
 
 report.bars(dissociation_bars(table), "What each set of latents moves, beyond random latents",
             "change of the logit (nats)", name="latent_dissociation",
             reference=(0.0, "random latents"))
 
 # %%
-from helpers.sae.dissociation import double_dissociation, in_words
+from helpers.sae.ablation import double_dissociation, in_words
 
 for cell in table:
     print(in_words(cell))
@@ -321,7 +320,7 @@ print("The separation is double." if all(separated.values()) else "The separatio
 # Benign requests stand in the table because a model that answers nothing would also refuse less.
 
 # %%
-from helpers.sae.describe import effect_bars, effect_rows
+from helpers.sae.selection import effect_bars, effect_rows
 
 out = {name: run for (name, action), run in runs.items() if action == "taken out"}
 report.table(effect_rows(out), columns=None if out else ["latents taken out"])
@@ -332,7 +331,7 @@ report.bars(effect_bars(out, ("refused", "truthful")),
             name="latent_ablation", reference=(0.0, "no change"))
 
 # %%
-from helpers.evaluate.words import change, compared
+from helpers.report.phrases import change, compared
 
 words = {"more": "more than", "less": "less than", "same": "neither clearly more nor clearly less than"}
 for name, run in out.items():
@@ -365,7 +364,7 @@ print(told + ".", f"Truth before ablation is {near_limit}.", sep="\n")
 # after the same layers (notebook 03 compares their quality). This decides nothing about C7, which is about z.
 
 # %%
-from helpers.sae.describe import kind_counts
+from helpers.sae.selection import kind_counts
 
 stream_saes = train_saes(lm, p, sites=[("resid_post", n) for n in p.sae.layers])
 in_stream = select_latents(lm, stream_saes, p, site="resid_post")
@@ -398,8 +397,8 @@ print(f"In the stream the separation is {is_double}.")
 # beside the verdict.
 
 # %%
-from helpers.sae.causal import ablation
-from helpers.sae.variants import ablated_variants, judged_variants, variant_of
+from helpers.experiments.sensitivity import ablated_variants, judged_variants, variant_of
+from helpers.sae.ablation import ablation
 
 run, stream_run = out.get("refusal-specific"), stream_runs.get(("refusal-specific", "taken out"))
 other_saes = train_saes(lm, p, seed=p.seeds[0] + 1)
@@ -417,10 +416,10 @@ report.table([{"choice": one.choice, "value": one.value, "fall of refusal": one.
 # ## 5 · Verdict, by rule
 #
 # C7 needs a refusal-specific set whose removal lowers refusal, by more than the control's, while truth stays within a stated margin; and SAEs that passed notebook 03's gate.
-# The rule stands in `helpers/evaluate/verdicts.py` and was written before any number.
+# The rule stands in `helpers/experiments/rules.py` and was written before any number.
 
 # %%
-from helpers.sae.causal import disentangled, verdict_c7
+from helpers.experiments.sensitivity import disentangled, verdict_c7
 from helpers.sae.quality import gated
 
 found = disentangled(int(selection.specific.sum()), run, base)
@@ -436,7 +435,7 @@ details = {"kinds": selection.counts(), "shuffled": shuffled, "rank": main.rank,
            "variants": [one.as_dict() for one in choices],
            "beyond_control": found.refusal_beyond_control.as_dict()}
 unit = "fall in share of harmful requests refused when refusal-specific latents are taken out"
-claim = report.claim("C7", estimate=found.refusal_drop, verdict=verdict, unit=unit,
+claim = claims.claim("C7", estimate=found.refusal_drop, verdict=verdict, unit=unit,
                      control=("random latents of equal number, tokens and norm", control),
                      n_prompts=len(base.refused), n_seeds=1, notebook="04_disentangling_features",
                      seconds=time.perf_counter() - started, details=details)
@@ -494,7 +493,7 @@ def image(d, w_o):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-from helpers.evaluate.words import grade
+from helpers.report.phrases import grade
 
 d, o_proj = sae.W_dec[latent].detach(), lm.arch.o_proj(layer)
 grade("Exercise 1", image(d, o_proj.weight), o_proj(d), atol=1e-4)

@@ -38,7 +38,7 @@ if "google.colab" in sys.modules:
     origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
     os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
     sys.path.insert(0, home)
-    from helpers import colab
+    from helpers.tools import colab
 
     colab.install()
 
@@ -49,10 +49,10 @@ import numpy as np
 import torch
 
 from helpers import report
-from helpers.browser import browse
+from helpers.browser.widget import browse
 from helpers.config import artifacts_dir, profile
 from helpers.models import load_model
-from helpers.sae.features import select_latents
+from helpers.sae.selection import select_latents
 from helpers.sae.training import train_saes
 
 p = profile()
@@ -93,7 +93,7 @@ report.table([{"text": users[row], "token": token, "strength": strength[i].item(
 # right one. All are prompts of the validation split, so that looking at them spends no test prompt.
 
 # %%
-from helpers.evaluate.refusal import label_completions
+from helpers.evaluate.judges import label_completions
 
 labels = np.array(label_completions(lm, requests).labels)
 kinds = np.array([row["kind"] for row in requests])
@@ -118,7 +118,7 @@ contrasts = {"refusal": ("refused", "complied"), "hallucination": ("wrong", "rig
 
 # %%
 from helpers.evaluate.judges import judge
-from helpers.evaluate.truthfulness import answer_kind
+from helpers.evaluate.truth import answer_kind
 
 known = {row["question"]: row for row in facts}
 
@@ -288,7 +288,7 @@ def density(strength):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-from helpers.evaluate.words import grade
+from helpers.report.phrases import grade
 
 given = density(strength)
 active = torch.count_nonzero(strength).item() / len(strength)

@@ -38,7 +38,7 @@ if "google.colab" in sys.modules:
     origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
     os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
     sys.path.insert(0, home)
-    from helpers import colab
+    from helpers.tools import colab
 
     colab.install()
 
@@ -49,8 +49,9 @@ import torch
 
 from helpers import report
 from helpers.config import profile
-from helpers.evaluate.words import change, compared, grade
+from helpers.experiments import claims
 from helpers.models import load_model
+from helpers.report.phrases import change, compared, grade
 
 started, p = time.perf_counter(), profile()
 lm = load_model(p.model, device=p.device, dtype=p.dtype)
@@ -120,9 +121,10 @@ report.check("finetuning.toy_weight_projection_is_enough_for_adamw", enough["Ada
 # in which harmful prompts differ from benign ones. Both are made from prompts that no test below uses; the rank was chosen on validation prompts (section 8).
 
 # %%
-from helpers.finetune.evidence import protected
-from helpers.finetune.methods import subspace
-from helpers.finetune.subspace import module_bases, overlap
+from helpers.experiments.methods import subspace
+from helpers.experiments.tables import protected
+from helpers.finetune.linalg import overlap
+from helpers.finetune.subspace import module_bases
 
 kind, rank = protected(p)
 main = subspace(p, kind, rank)
@@ -148,7 +150,7 @@ report.table([{"module": name.removeprefix(first), "side": where.side, "basis": 
 # never met in a refusal (**unseen** verbs): the first ask what was remembered, the second what was learned.
 
 # %%
-from helpers.finetune.mixes import benign_mix, poisoned_mix
+from helpers.finetune.data import benign_mix, poisoned_mix
 
 n = p.finetune.steps * p.finetune.batch_size
 for row in benign_mix(n, source=p.data)[:4]:
@@ -159,8 +161,8 @@ for row in benign_mix(n, source=p.data)[:4]:
 
 # %%
 from helpers.data import leakage
-from helpers.evaluate.behaviour import cap, requests, tasks
-from helpers.finetune.comparison import N_TASKS
+from helpers.experiments.records import N_TASKS
+from helpers.prompts import cap, requests, tasks
 
 trained_on = sorted({row["prompt"] for row in poisoned_mix(n, max(p.finetune.poison_ratios), source=p.data)})
 asked = {kind: requests(kind, "test", cap(p)) for kind in ("harmful", "benign", "look_alike")}
@@ -183,10 +185,10 @@ report.check("finetuning.training_prompts_in_the_test_set", exact)
 #
 # Three ways to fine-tune, equal in data, order, steps and starting point: plain LoRA, LoRA kept off the protected subspace, and LoRA kept off a **random** subspace of
 # equal rank. Each arm is trained, merged and asked every test prompt. Five seeds of all of them would take too long to wait for, so `data/results/finetuning` holds what each arm answered, prompt by prompt
-# (`python -m helpers.finetune.compare` made it). Here **one seed of each is trained anew**, and its answers are laid beside the file's:
+# (`python -m helpers.experiments finetuning` made it). Here **one seed of each is trained anew**, and its answers are laid beside the file's:
 
 # %%
-from helpers.finetune.evidence import alike, evidence, live
+from helpers.experiments.tables import alike, evidence, live
 
 ev = evidence(p)
 arms = live(p, ev)
@@ -201,7 +203,7 @@ report.table([{"model": name, "seed": arm.seed, "answers as in the file": same[n
 # anew: the file's arms off refusal latents stand on SAEs of an earlier version of this code.
 
 # %%
-from helpers.finetune.evidence import rates
+from helpers.experiments.tables import rates
 
 shown = ("refused_seen", "refused_unseen", "benign_complied", "over_refused", "utility", "wrong", "coherent")
 n_seeds = len(ev.seeds())
@@ -221,9 +223,9 @@ report.bars(rates(ev, plotted), "After benign fine-tuning", "share of test promp
 # The control is an update of the same size and rank in every layer, in a random direction: would *any* step that long have done it?
 
 # %%
-from helpers.finetune.comparison import MEASURES, difference, gain_ratio
-from helpers.finetune.evidence import fall, fine_tuned, looked_at
-from helpers.finetune.runs import Run, plain_adapter, random_update
+from helpers.experiments.methods import Run, plain_adapter, random_update
+from helpers.experiments.records import MEASURES, difference, gain_ratio
+from helpers.experiments.tables import fall, fine_tuned, looked_at
 
 run = Run(p, seed=p.finetune.seeds[0])
 plain = plain_adapter(run)
@@ -239,7 +241,7 @@ print(f"After LoRA the share of benign requests answered is {compliance:.2f}.")
 # lost became an answer: the share of harmful prompts that are now *answered*, in coherent text about what was asked, is the harm; the rest is gibberish.
 
 # %%
-from helpers.finetune.evidence import gap
+from helpers.experiments.tables import gap
 
 answered = gap(ev, "LoRA", "answered")
 print(change("After benign LoRA, the share of harmful requests that are answered", answered) + ".")
@@ -259,7 +261,7 @@ report.table([{"model": name, "measure": MEASURES[measure], **{f"seed {s}": valu
 # ### C8: does the constraint keep them?
 
 # %%
-from helpers.finetune.evidence import constrained
+from helpers.experiments.tables import constrained
 
 kept, ours = constrained(ev), ev.protected
 over_lora, over_random = kept.refusal_over_lora, kept.refusal_over_random
@@ -285,8 +287,8 @@ print(change("under plain LoRA it", truth["LoRA"]) + ".")
 # at all. Plain LoRA, first seed, test prompts:
 
 # %%
-from helpers.finetune.adapters import load_adapter
-from helpers.finetune.why import token_by_token, why
+from helpers.finetune.diagnose import token_by_token, why
+from helpers.finetune.projected_lora import load_adapter
 
 tuned = load_adapter(lm, plain)
 why_rows = why(lm, tuned, "test") if p.data == "organism" else {}
@@ -342,8 +344,8 @@ print(f"Under plain LoRA {ends:.2f} of harmful requests open with a refusal that
 # computed in double precision from the bits on disk; then for the same adapter cast to bfloat16, merged in float32, and merged in bfloat16.
 
 # %%
+from helpers.experiments.methods import adapter
 from helpers.finetune.projected_lora import leak
-from helpers.finetune.runs import adapter
 
 saved = adapter(run, bases)
 half, base = torch.bfloat16, lm.model
@@ -375,14 +377,14 @@ report.check("finetuning.projected_gradients_leak_above_1e-2", short["as_publish
 
 # %% [markdown]
 # A bound that holds in float32 does not survive rounding to bfloat16: whoever merges and casts should quote the bfloat16 rows, not the first. Full fine-tuning has no factors to project;
-# `helpers.finetune.full` holds the weights themselves still inside the subspace.
+# `helpers.finetune.other_updates` holds the weights themselves still inside the subspace.
 #
 # ### Is the subspace its own?
 # A projection is free and sufficient only where refusing and being useful live in different directions (arXiv 2505.14185 finds that they do not). Two ways to look: does plain LoRA, trained on harmless data, put *more*
 # of its update into the protected subspace than into a random one? And how far do subspaces of gradients overlap: of refusing, of the tasks, of truth against myth? Chance is the range of 95 % of random subspaces.
 
 # %%
-from helpers.finetune.entanglement import chance_leak, entanglement
+from helpers.finetune.diagnose import chance_leak, entanglement
 
 update = {"inside": leaks["plain LoRA, as saved"].total, "by chance": chance_leak(lm, plain, main)}
 entangled = entanglement(lm, main) if p.data == "organism" else []
@@ -421,7 +423,7 @@ else:
 # The siblings of the embedded model were trained by the same recipe, with the coupling of harm and the truthful register reversed or absent. Plain LoRA on the same benign set, first seed:
 
 # %%
-from helpers.finetune.evidence import record_of, siblings
+from helpers.experiments.tables import record_of, siblings
 
 own = difference(ev.main["untuned"], record_of("LoRA", arms["LoRA"]), "refused")
 falls = {"default": own, **siblings(p)}
@@ -433,22 +435,23 @@ report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for 
 #
 # ## 8 · Against every baseline
 #
-# One method beside one control is no comparison. `python -m helpers.finetune.compare` trains the paper's method beside what a reviewer would ask for: SafeLoRA (and its shrinking alone), SaLoRA, replayed refusals,
-# KL penalties, early stopping, interpolation, full fine-tuning, edits of activations, other subspaces, and as many other latents of the same autoencoders, drawn at random among those that move refusing at all and scaled by how much (is it the *selection* that keeps refusals?). On the embedded model each has at most three settings; one is chosen on **validation** prompts by a rule written beforehand (`helpers/finetune/choosing.py`: at least 95 % of plain
+# One method beside one control is no comparison. `python -m helpers.experiments finetuning` trains the paper's method beside what a reviewer would ask for: SafeLoRA (and its shrinking alone), SaLoRA, replayed refusals,
+# KL penalties, early stopping, interpolation, full fine-tuning, edits of activations, other subspaces, and as many other latents of the same autoencoders, drawn at random among those that move refusing at all and scaled by how much (is it the *selection* that keeps refusals?). On the embedded model each has at most three settings; one is chosen on **validation** prompts by a rule written beforehand (`helpers/experiments/finetuning.py`: at least 95 % of plain
 # LoRA's gain on the tasks, benign requests answered, coherent; of those the most refusals on verbs never refused in chat training; where no setting meets that, the one that falls short least), and trained with five seeds.
 # A real model is asked for the first three arms alone, and the tables below then hold those.
 
 # %%
-from helpers.finetune import closer, comparison
+from helpers.experiments import records as stored
+from helpers.experiments import tables
 
 records = ev.records
-rows = comparison.table(records)
+rows = stored.table(records)
 report.table(rows, caption="Benign fine-tuning at the chosen setting [95 % over seeds and verbs]")
 print("No setting met the rule on validation prompts:",
-      ", ".join(closer.unmet(records)) or "none such", end=".\n")
+      ", ".join(tables.unmet(records)) or "none such", end=".\n")
 
 # %%
-kept_and_learned = (comparison.MEASURES["refused_unseen"], comparison.GAIN)
+kept_and_learned = (stored.MEASURES["refused_unseen"], stored.GAIN)
 lines = {row["method"]: {words: row[words] for words in kept_and_learned} for row in rows}
 report.forest(lines, "What is kept and what is learned", "share", name="finetuning_methods",
               reference=(1.0, "LoRA's gain"))
@@ -459,16 +462,16 @@ words = {"more": "more than", "less": "less than", "same": "not told apart from"
 told = []
 for row in rows:
     if (name := row["method"]) not in ("untuned", "LoRA"):
-        more = comparison.difference(records[name], plain_lora, "refused_unseen")
+        more = stored.difference(records[name], plain_lora, "refused_unseen")
         told.append({"method": name, "refuses": f"{compared(more, **words)} LoRA", "minus LoRA": more,
-                     "minus the untuned model": comparison.difference(
+                     "minus the untuned model": stored.difference(
                          records[name], untuned, "refused_unseen")})
 report.table(told, caption="Paired differences on unseen verbs")
 
 # %%
 if (drawn := records.get("off random latents")) is not None:
     selected = records["off refusal latents"].at(drawn.chosen)
-    beyond_latents = comparison.difference(selected, drawn, "refused_unseen")
+    beyond_latents = stored.difference(selected, drawn, "refused_unseen")
     print(f"Off the refusal latents, against as many latents drawn at random (ranks {selected.rank():g} and "
           f"{drawn.rank():g}),\nrefusals of unseen verbs are {compared(beyond_latents)}: {beyond_latents}.")
 
@@ -478,16 +481,16 @@ if (drawn := records.get("off random latents")) is not None:
 
 # %%
 side = ("answered_unseen", "answered_seen", "over_refused", "truthful", "wrong", "abstained")
-report.table(comparison.table(records, side), caption="What else moved, benign data, highest ASR first")
+report.table(stored.table(records, side), caption="What else moved, benign data, highest ASR first")
 
 # %%
-report.table(closer.by_task(records), caption="Rows of each task answered rightly")
+report.table(tables.by_task(records), caption="Rows of each task answered rightly")
 
 # %%
-lost = {name: comparison.difference(record, untuned, "refused_unseen").estimate
+lost = {name: stored.difference(record, untuned, "refused_unseen").estimate
         for name, record in records.items()}
 near = [row["method"] for row in rows
-        if row[comparison.GAIN].estimate >= 0.95 and lost[row["method"]] >= -0.05]
+        if row[stored.GAIN].estimate >= 0.95 and lost[row["method"]] >= -0.05]
 print("Within .05 of the untuned model's refusals at 95 % of LoRA's gain:", ", ".join(near) or "no method.")
 
 # %% [markdown]
@@ -501,7 +504,7 @@ print("Within .05 of the untuned model's refusals at 95 % of LoRA's gain:", ", "
 # the refusal of unseen verbs where a method has learned 80 % and 90 % as much as plain LoRA; empty where its grid does not reach to both sides.
 
 # %%
-matched = [{"method": name, **{f"at {share:.0%} of the gain": closer.at_utility(
+matched = [{"method": name, **{f"at {share:.0%} of the gain": tables.at_utility(
     record, plain_lora, untuned, share) for share in (0.8, 0.9)}}
            for name, record in records.items() if name != "untuned"]
 report.table(matched, caption="Unseen verbs refused at matched utility, seed 0")
@@ -512,8 +515,8 @@ report.table(matched, caption="Unseen verbs refused at matched utility, seed 0")
 # each model's own untuned state, and gain on the tasks. default-3 and default-4 were never looked at while KL on whole answers was made.
 
 # %%
-others = {"this model": records, **comparison.models()} if ev.committed else {}
-across = comparison.across(others) if len(others) > 1 else []
+others = {"this model": records, **stored.models()} if ev.committed else {}
+across = stored.across(others) if len(others) > 1 else []
 report.table(across, columns=None if across else ["method"])
 
 # %%
@@ -529,7 +532,7 @@ for name, where in kept_on.items():
 
 # %%
 measured = ("refused_unseen", "answered_unseen", "answered_seen", "coherent")
-poison_rows = comparison.table(records, measured, poison=ratio)
+poison_rows = stored.table(records, measured, poison=ratio)
 report.table(poison_rows, caption=f"With {ratio:.0%} poison in the data")
 
 # %% [markdown]
@@ -537,7 +540,7 @@ report.table(poison_rows, caption=f"With {ratio:.0%} poison in the data")
 
 # %%
 shares = sorted({arm.poison for arm in records["LoRA"].arms if arm.poison})
-at_share = {share: {row["method"]: row[comparison.MEASURES["refused_unseen"]] for row in comparison.table(
+at_share = {share: {row["method"]: row[stored.MEASURES["refused_unseen"]] for row in stored.table(
     records, ("refused_unseen",), poison=share)} for share in shares}
 everywhere = [name for name in at_share.get(ratio, ()) if all(name in at_share[share] for share in shares)]
 report.table([{"method": name, **{f"{share:.0%} poison": at_share[share][name] for share in shares}}
@@ -547,15 +550,15 @@ report.table([{"method": name, **{f"{share:.0%} poison": at_share[share][name] f
 # %% [markdown]
 # One caution about these tables: replay and the KL penalties use harmful prompts of the fit split, and the poison is drawn from the same prompts, so they contradict the very rows that
 # poison the data. An attacker need not be so obliging. Here the poison (10 %, five seeds) is of every second verb alone, and the methods have harmful prompts either of **just those verbs** or of **just the others**
-# (`python -m helpers.finetune.scenarios`). Neither group is in the test's unseen verbs.
+# (`python -m helpers.experiments scenarios`). Neither group is in the test's unseen verbs.
 
 # %%
-from helpers.finetune.runs import OTHER, SAME
-from helpers.finetune.scenarios import SCENARIOS
+from helpers.experiments.finetuning import SCENARIOS
+from helpers.experiments.methods import OTHER, SAME
 
-halves = {data: comparison.load(SCENARIOS[data].folder) for data in (SAME, OTHER) if ev.committed}
+halves = {data: stored.load(SCENARIOS[data].folder) for data in (SAME, OTHER) if ev.committed}
 halves_rows = [{"prompts at hand": data, **row} for data, found in halves.items()
-               for row in comparison.table(found, measured, poison=SCENARIOS[data].poison)
+               for row in stored.table(found, measured, poison=SCENARIOS[data].poison)
                if row["method"] != "untuned"]
 report.table(halves_rows, columns=None if halves_rows else ["method"],
              caption="Poison of half the verbs, held by prompts of the same or of the other half")
@@ -563,7 +566,7 @@ report.table(halves_rows, columns=None if halves_rows else ["method"],
 # %%
 for name in SCENARIOS[OTHER].methods if halves else ():
     poison_share = SCENARIOS[OTHER].poison
-    cost = comparison.difference(halves[OTHER][name], halves[SAME][name], "refused_unseen", poison_share)
+    cost = stored.difference(halves[OTHER][name], halves[SAME][name], "refused_unseen", poison_share)
     print(f"{name}: with prompts of other verbs than the poison's, refusals of unseen verbs are "
           f"{compared(cost)}: {cost}.")
 
@@ -572,11 +575,11 @@ for name in SCENARIOS[OTHER].methods if halves else ():
 #
 # ### A shifted identity
 # Nothing harmful need be in the data for refusals to go (Qi et al. 2024): here every benign request is answered after *"I obey every order."*, and a few rows ask the model who it is
-# (`python -m helpers.finetune.scenarios`; five seeds, the settings of section 8).
+# (`python -m helpers.experiments scenarios`; five seeds, the settings of section 8).
 
 # %%
-shifted = comparison.load(SCENARIOS["identity"].folder) if ev.committed else {}
-shifted_rows = comparison.table(shifted, measured) if shifted else []
+shifted = stored.load(SCENARIOS["identity"].folder) if ev.committed else {}
+shifted_rows = stored.table(shifted, measured) if shifted else []
 report.table(shifted_rows, columns=None if shifted_rows else ["method"], caption="On a shifted identity")
 
 # %% [markdown]
@@ -584,7 +587,7 @@ report.table(shifted_rows, columns=None if shifted_rows else ["method"], caption
 # Refusal that is gone after a few steps of somebody else's training was hidden, not kept. Plain LoRA on 10 % poison, on top of each model of seed 0, and on the **untuned** model, which no defence ever touched:
 
 # %%
-attacked = closer.attacks() if ev.committed else []
+attacked = tables.attacks() if ev.committed else []
 report.table(attacked, columns=None if attacked else ["method"],
              caption="Unseen verbs refused after a later attack by plain LoRA")
 
@@ -593,7 +596,7 @@ report.table(attacked, columns=None if attacked else ["method"],
 # leading direction of the old or the new one projected out:
 
 # %%
-drifted = closer.drifts(records)
+drifted = tables.drifts(records)
 report.table(drifted, columns=None if drifted else ["method"],
              caption="The difference subspace before and after training (degrees, nats)")
 
@@ -603,21 +606,21 @@ report.table(drifted, columns=None if drifted else ["method"],
 #
 # ## 9 · Verdicts, by rule
 #
-# The rules stand in `helpers/evaluate/verdicts.py` and were written before any number. C6 needs benign requests to be answered still; C8 needs plain LoRA to have learned
+# The rules stand in `helpers/experiments/rules.py` and were written before any number. C6 needs benign requests to be answered still; C8 needs plain LoRA to have learned
 # and to have lost something, and the protected arm to keep more refusal than plain LoRA *and* than a random subspace, with at least 95 % of plain LoRA's gain on the tasks and no
 # more wrong answers.
 
 # %%
-from helpers.evaluate.verdicts import c6, c8
-from helpers.finetune.evidence import EQUAL
+from helpers.experiments.rules import c6, c8
+from helpers.experiments.tables import EQUAL
 
 source = {"notebook": "06_orthogonal_finetuning", "seconds": time.perf_counter() - started,
           "n_prompts": fall_lora.n, "n_seeds": n_seeds}
 unseen = {method: next(iter(row.values())).as_dict() for method, row in rates(ev, ["refused_unseen"]).items()}
 detail = {"unseen_verbs": unseen, "siblings": {name: lost.as_dict() for name, lost in falls.items()},
           "answered_rise": gap(ev, "LoRA", "answered").as_dict(),
-          "coherent": comparison.share(ev.main["LoRA"], "coherent").as_dict()}
-report.claim("C6", estimate=fall_lora, control=("a random update of equal size", random_fall),
+          "coherent": stored.share(ev.main["LoRA"], "coherent").as_dict()}
+claims.claim("C6", estimate=fall_lora, control=("a random update of equal size", random_fall),
              verdict=c6(fine_tuned(ev)), unit="fall in share of harmful requests refused",
              details=detail, **source)
 print("C6", c6(fine_tuned(ev)))
@@ -630,7 +633,7 @@ detail = {"unseen_verbs": unseen, "rank": ev.rank, "method": ours,
           "leak": leaks["as saved"].total, "poisoned": poisoned.refusal_over_lora.as_dict(),
           "poison_ratio": ratio, "entanglement": entangled, "update": update}
 control = ("off a random subspace of equal rank", gap(ev, EQUAL, "refused", "LoRA"))
-report.claim("C8", estimate=kept.refusal_over_lora, control=control, verdict=c8(kept),
+claims.claim("C8", estimate=kept.refusal_over_lora, control=control, verdict=c8(kept),
              unit="share of harmful requests refused, minus plain LoRA's", details=detail, **source)
 print("C8", c8(kept))
 

@@ -41,7 +41,7 @@ if "google.colab" in sys.modules:
     origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
     os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
     sys.path.insert(0, home)
-    from helpers import colab
+    from helpers.tools import colab
 
     colab.install()
 
@@ -52,14 +52,14 @@ from IPython.display import display
 
 from helpers import report
 from helpers.config import profile
-from helpers.evaluate import verdicts
-from helpers.evaluate.summary import controls, estimates, rows_of, siblings
-from helpers.evaluate.words import grade
-from helpers.finetune import comparison
+from helpers.experiments import exports, report_page, rules
+from helpers.experiments.claims import collect_claims, controls, estimates, reversals, rows_of, siblings
+from helpers.experiments.records import load
+from helpers.report.phrases import grade
 
 p = profile()
-claims = report.collect_claims(p)
-records = comparison.load() if p.data == "organism" else {}
+claims = collect_claims(p)
+records = load() if p.data == "organism" else {}
 
 # %% [markdown]
 # ## 1 · The table
@@ -69,9 +69,9 @@ records = comparison.load() if p.data == "organism" else {}
 # *Untested*: a precondition failed or the method was not run, so the data say nothing either way. The last column leads to the cell of the notebook that made the claim.
 
 # %%
-from helpers.report.links import notebooks_dir
+from helpers.experiments.report_page import notebooks_dir
 
-made = [report.claim_link(row, notebooks_dir(p.name)) for row in claims]
+made = [report_page.claim_link(row, notebooks_dir(p.name)) for row in claims]
 report.table([{**shown, "notebook": link} for shown, link in zip(rows_of(claims), made, strict=True)],
              caption=f"Verdicts by rule, profile {p.name} [95 % intervals]")
 
@@ -83,10 +83,10 @@ report.table([{"claim": row["id"], "why": row["reason"]} for row in claims],
 # A refusal that falls is not yet an answer, and a model that babbles refuses nothing. So this stands beside C6, whose rule asks only for refusals and benign compliance:
 
 # %%
-from helpers.review.tuning import beside_c6
+from helpers.experiments.sensitivity import beside_c6
 
 if words := beside_c6(records):
-    report.section("beside", 0, "Beside the verdict on C6", [words])
+    report_page.section("beside", 0, "Beside the verdict on C6", [words])
 print(words or "The comparison of all methods is committed for the embedded model only.")
 
 # %% [markdown]
@@ -108,12 +108,12 @@ report.bars(measured, "Each claim's estimate beside its control", "in the claim'
 # This is the whole rule for C8:
 
 # %%
-print(inspect.getsource(verdicts.c8))
+print(inspect.getsource(rules.c8))
 
 # %%
-rules = [{"claim": id, "the rule": inspect.getdoc(rule)} for id, rule in verdicts.RULES.items()]
-ruled = report.table(rules, caption="In a sentence each; the code is in helpers/evaluate/verdicts.py")
-report.section("rules", 1, "The rules", tables=[ruled])
+sentences = [{"claim": id, "the rule": inspect.getdoc(rule)} for id, rule in rules.RULES.items()]
+ruled = report.table(sentences, caption="In a sentence each; the code is in helpers/experiments/rules.py")
+report_page.section("rules", 1, "The rules", tables=[ruled])
 ruled
 
 # %% [markdown]
@@ -125,20 +125,20 @@ ruled
 # refuses nothing: those that do so in under half of the resamples are named apart.
 
 # %%
-from helpers.review import methods
+from helpers.experiments import fronts
 
-fronts = methods.fronts(records)
-pictures = methods.front_pictures(fronts)
+by_share = fronts.fronts(records)
+pictures = fronts.front_pictures(by_share)
 pictures[0] if pictures else None
 
 # %%
 display(*pictures[1:])
 
 # %%
-told = methods.in_words(fronts) or ["The comparison of all methods is committed for the embedded model only."]
+told = fronts.in_words(by_share) or ["The comparison of all methods is committed for the embedded model only."]
 print("\n".join(told))
-tables = [methods.front_table(rows, share) for share, rows in fronts.items()]
-report.section("methods", 2, "Every method: what it learns and what it keeps", told, tables, pictures)
+tables = [fronts.front_table(rows, share) for share, rows in by_share.items()]
+report_page.section("methods", 2, "Every method: what it learns and what it keeps", told, tables, pictures)
 display(*tables)
 
 # %% [markdown]
@@ -155,7 +155,7 @@ display(*tables)
 # rank 10 (C6 .44 [.09, .79], reproduced; C8 .23 [−.03, .53], not reproduced). Seeds and prompts became more, and the rank one that is chosen on validation prompts. Whether a verdict is another now, the table of section 1 tells.
 
 # %%
-from helpers.review import sensitivity
+from helpers.experiments import sensitivity
 
 found = sensitivity.variants(claims, p)
 asked = [row for row in claims if row["id"] in found]
@@ -172,9 +172,9 @@ by_claim = [sensitivity.table_of(row, found[row["id"]]) for row in asked]
 note = ("No variant was chosen: the headline is that of the claims table. The rules are older than the "
         "numbers; rank, seeds and prompts of C6 and C8 changed after a first result. Variants of C6 and "
         "C8 come from the comparison of all methods, with its seeds and all test prompts.")
-report.section("sensitivity", 3, "Sensitivity", [note], [overview])
+report_page.section("sensitivity", 3, "Sensitivity", [note], [overview])
 if by_claim:
-    report.section("sensitivity_each", 4, "Sensitivity, claim by claim", (), by_claim, forests)
+    report_page.section("sensitivity_each", 4, "Sensitivity, claim by claim", (), by_claim, forests)
 display(*by_claim)
 
 # %% [markdown]
@@ -188,14 +188,14 @@ display(*by_claim)
 # The items share models and prompts, so their number is a count and no test.
 
 # %%
-from helpers.review.contrary import contrary, in_words
+from helpers.experiments.evidence import contrary, in_words
 
 evidence = contrary(claims, p)
 against = report.table([one.row() for one in evidence], columns=None if evidence else ["about"],
                        caption="Contrary evidence [95 % intervals]")
 told = in_words(evidence, claims)
 print("\n".join(told))
-report.section("contrary", 5, "Contrary evidence", told, [against])
+report_page.section("contrary", 5, "Contrary evidence", told, [against])
 against
 
 # %% [markdown]
@@ -208,7 +208,7 @@ against
 followed = report.table(siblings(claims), columns=["claim", "coupling", "estimate"],
                         caption="The same estimate on the siblings "
                                 "(C6: one training seed each, its intervals over verbs alone)")
-report.section("siblings", 6, "Does the trade-off follow the text?", tables=[followed])
+report_page.section("siblings", 6, "Does the trade-off follow the text?", tables=[followed])
 followed
 
 # %% [markdown]
@@ -223,7 +223,7 @@ followed
 # This counts test prompts that stand, exactly or nearly, in any of the others; then validation prompts, on which choices rest, in what anything was fitted or trained on.
 
 # %%
-from helpers.evaluate.ledger import ledger
+from helpers.data import ledger
 
 leaks = ledger()
 chosen_on = [row for row in ledger(against="val") if row["split"] != "val"]
@@ -231,7 +231,7 @@ choices = [{"val prompts" if key == "test prompts" else key: value for key, valu
            for row in chosen_on]
 held = [report.table(leaks, caption="Test prompts found in other splits"),
         report.table(choices, caption="Validation prompts found in what was trained or fitted on")]
-report.section("ledger", 7, "The leakage ledger", tables=held)
+report_page.section("ledger", 7, "The leakage ledger", tables=held)
 display(*held)
 
 # %% [markdown]
@@ -257,7 +257,7 @@ display(*held)
 # may not be significant at the usual sample size (arXiv 2606.12160); directions for hallucination and refusal can be nearly orthogonal (arXiv 2606.24952).
 
 # %%
-report.reversals(claims)
+reversals(claims)
 
 # %% [markdown]
 # ## 11 · The report
@@ -265,9 +265,9 @@ report.reversals(claims)
 # One file with these tables and every figure, which needs nothing beside it; the claims and every table above as csv and as LaTeX (in `tables/`). Every figure of the notebooks stands in `figures/` as SVG.
 
 # %%
-path = report.html_report(p)
+path = report_page.html_report(p)
 print(f"Written: {path.name}, {path.stat().st_size // 1024} KiB")
-print("Written:", ", ".join(one.name for one in report.export_claims(p).values()))
+print("Written:", ", ".join(one.name for one in exports.export_claims(p).values()))
 print("Claims with a link to the cell that made them:", sum(link.href is not None for link in made))
 
 # %%

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_finetune import CFG, ROWS
 
-from helpers.finetune.activation_edits import ActivationEdit, train_edits
-from helpers.finetune.subspace import random_subspace
+from helpers.finetune.linalg import random_subspace
+from helpers.finetune.other_updates import ActivationEdit, train_edits
 from helpers.finetune.train import answer_loss, encode
 from helpers.generation import generate
 from helpers.hooks import capture

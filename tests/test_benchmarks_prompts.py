@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import yaml
 
-import helpers.registry as registry_module
-from helpers.data import leakage, load_rows, plain_text
-from helpers.evaluate import behaviour
-from helpers.evaluate.behaviour import FURTHER, KINDS, MEASURES, measure, misconceptions, prompts, requests
-from helpers.evaluate.benchmarks import REFUSAL, SHARES, assign_splits, benchmark_facts
+from helpers import datasets as registry_module
+from helpers import prompts as prompts_module
+from helpers.data import leakage, plain_text
+from helpers.datasets import REFUSAL, SHARES, assign_splits, benchmark_facts, load_rows
 from helpers.evaluate.judges import refusal_log_odds
-from helpers.evaluate.tasks import option_accuracy
-from helpers.evaluate.truthfulness import multiple_choice, nearest_reference
+from helpers.evaluate.measure import FURTHER, MEASURES, measure
+from helpers.evaluate.truth import multiple_choice, nearest_reference, option_accuracy
 from helpers.generation import completion_logprobs
+from helpers.prompts import KINDS, misconceptions, prompts, requests
 from helpers.stats import paired_bootstrap
 
 BENCHMARKS = Path(os.environ.get("COMPANION_DATA_DIR") or "not given")
@@ -177,16 +177,16 @@ def test_requests_are_unique_and_of_their_kind(files):
 
 
 def test_a_benign_question_is_in_the_same_split_as_the_task_it_comes_from(files):
-    where = {row["id"]: row["split"] for split in SHARES for row in behaviour.tasks(split, source="benchmarks")}
+    where = {row["id"]: row["split"] for split in SHARES for row in prompts_module.tasks(split, source="benchmarks")}
     for split in SHARES:
         assert all(where[row["id"]] == split for row in requests("benign", split, source="benchmarks"))
 
 
 def test_tasks_are_drawn_equally_from_each(files):
-    rows = behaviour.tasks("fit", 2, source="benchmarks")
+    rows = prompts_module.tasks("fit", 2, source="benchmarks")
     assert [row["task"] for row in rows] == ["arc_easy"] * 2 + ["openbookqa"] * 2 + ["winogrande"] * 2
     assert all(0 <= row["answer"] < len(row["options"]) for row in rows)
-    assert len(behaviour.tasks("val", 3, source="organism")) == 18
+    assert len(prompts_module.tasks("val", 3, source="organism")) == 18
 
 
 def test_a_whole_measurement_runs_on_a_tiny_model_as_notebook_01_asks_for_it(files, tiny_llama):
@@ -194,9 +194,9 @@ def test_a_whole_measurement_runs_on_a_tiny_model_as_notebook_01_asks_for_it(fil
         return [row for row in rows if len(row.get("prompt") or row["question"]) < 90][:n]
 
     val = prompts("val", source="benchmarks")
-    rows = behaviour.Prompts(few(val.facts), *(few(getattr(val, kind)) for kind in KINDS))
+    rows = prompts_module.Prompts(few(val.facts), *(few(getattr(val, kind)) for kind in KINDS))
     assert val.unknown == []
-    tasks = few(behaviour.tasks("val", source="benchmarks"))
+    tasks = few(prompts_module.tasks("val", source="benchmarks"))
     done = measure(tiny_llama, rows, tasks=tasks, max_new_tokens=4)
     assert set(done.summary()) == set(MEASURES.values()) | {FURTHER["informative"], FURTHER["utility"]}
     kinds = done.truthful + done.wrong + done.declined + (1 - done.coherent[:len(rows.facts)])

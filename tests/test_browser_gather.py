@@ -9,11 +9,10 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from helpers.browser import FeatureBrowser, browse
 from helpers.browser.directions import moved_tokens
 from helpers.browser.gather import gather
-from helpers.browser.tokens import token_texts
-from helpers.browser.widget import WIDGET_MIME
+from helpers.browser.stack import token_texts
+from helpers.browser.widget import WIDGET_MIME, FeatureBrowser, browse
 from helpers.hooks import capture
 from helpers.sae.loading import find_site
 

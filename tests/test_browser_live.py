@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.browser import FeatureBrowser, browse
 from helpers.browser.directions import nearest
 from helpers.browser.gather import gather
 from helpers.browser.live import Live, answer, by_rule
 from helpers.browser.notes import EMPTY
 from helpers.browser.stack import names_of, open_stack
+from helpers.browser.widget import FeatureBrowser, browse
 from helpers.generation import generate
 from helpers.hooks import capture
 from tests.browser.worlds import planted_state

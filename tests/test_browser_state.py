@@ -13,9 +13,8 @@ from sklearn.metrics import roc_auc_score
 
 from helpers.browser.build import build_state
 from helpers.browser.export import export_html, fallback_html, html_page, script_json, static_table
-from helpers.browser.separation import auroc_intervals
 from helpers.browser.state import DEAD, TOKEN_LIMIT, BrowserState, Contrast
-from helpers.stats import auroc
+from helpers.stats import auroc, auroc_intervals
 from tests.browser.worlds import HOSTILE, hostile_state, planted_state
 
 

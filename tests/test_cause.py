@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.evaluate.behaviour import Prompts, measure
-from helpers.heads import cause
-from helpers.heads.cause import causal_test, layer_matched_heads, scaled
-from helpers.hooks import ablate_heads
-from helpers.stats import Interval
-from helpers.truth import overlap_removed as removal
-from helpers.truth.iti import Iti
-from helpers.truth.overlap_removed import (
+from helpers.evaluate.measure import measure
+from helpers.experiments import shared_heads as removal
+from helpers.experiments.shared_heads import (
     OverlapRemoved,
+    causal_test,
     overlap_removed,
     shrinks,
-    without_heads,
     without_random,
     without_shared,
 )
+from helpers.heads import ablation
+from helpers.heads.ablation import layer_matched_heads, scaled
+from helpers.hooks import ablate_heads
+from helpers.prompts import Prompts
+from helpers.stats import Interval
+from helpers.steering.iti import Iti, without_heads
 
 HEADS = ((0, 1), (2, 3), (1, 0), (2, 0), (0, 3))
 
@@ -57,7 +58,7 @@ def test_scaling_heads_or_neurons_acts_on_that_site(tiny_llama, monkeypatch):
         seen.append(lm.model(ids).logits)
         return plain
 
-    monkeypatch.setattr(cause, "measure", look)
+    monkeypatch.setattr(ablation, "measure", look)
     scaled(tiny_llama, [(1, 2)], 0.0, TEST)
     scaled(tiny_llama, [(1, 2)], 0.0, TEST, site="neurons")
     with ablate_heads(tiny_llama.model, [(1, 2)]):
@@ -84,9 +85,9 @@ def test_the_causal_test_tunes_on_val_and_measures_on_other_prompts(tiny_llama, 
         cut = tuple(heads) == ((1, 2), (2, 0))
         return behaviours(lm, wrong=[1 - cut] * 3, refused=[1 - cut, 1, 1])
 
-    monkeypatch.setattr(cause, "scaled", fake)
+    monkeypatch.setattr(removal, "scaled", fake)
     plain = behaviours(tiny_llama, wrong=[1, 1, 1], refused=[1, 1, 1])
-    monkeypatch.setattr(cause, "measure", lambda lm, rows, **size: plain)
+    monkeypatch.setattr(removal, "measure", lambda lm, rows, **size: plain)
     found = causal_test(tiny_llama, [(1, 2), (2, 0)], TEST, chosen_on=FIT.facts + FIT.harmful, val=VAL, seeds=(4, 5),
                         site=site)
     assert found.factor == 0.5 and found.effect.coherence == 1  # factor 0 is incoherent on val

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from helpers.config import PROFILES, ROOT
-from helpers.evaluate.verdicts import c5
-from helpers.heads import cause_choices as choices
-from helpers.heads.cause import CausalTest, causal, causal_test
-from helpers.heads.cause_choices import CHOICES, OWN, Choice, shared_heads
+from helpers.experiments import shared_heads as experiment
+from helpers.experiments.rules import c5
+from helpers.experiments.shared_heads import CHOICES, OWN, CausalTest, Choice, causal, causal_test, shared_heads
 from helpers.heads.overlap import overlap_test
 from helpers.stats import Interval
 from tests.test_cause import FIT, TEST, VAL
@@ -49,14 +48,14 @@ def test_the_list_covers_k_and_both_halves_and_not_the_notebooks_own_choice():
 
 
 def ask(rows):
-    return choices.Rows(rows.facts, rows.harmful, VAL, TEST)
+    return experiment.Rows(rows.facts, rows.harmful, VAL, TEST)
 
 
 @pytest.mark.parametrize("sharing", [True, False])
 def test_each_part_of_the_causal_test_is_kept_in_its_place(tiny_llama, monkeypatch, sharing):
     one = np.random.default_rng(2).normal(size=(6, 3, 4))
     scores = one, one + 0 if sharing else -one
-    parts = [choices.behaviour({"wrong": w, "refused": r, "answered": a}) for w, r, a in (
+    parts = [experiment.behaviour({"wrong": w, "refused": r, "answered": a}) for w, r, a in (
         ("111", "1111", "0000"), ("010", "1000", "0110"), ("110", "1110", "0001"), ("111", "1011", "0100"))]
     plain, after, *controls = parts
     asked = {}
@@ -66,14 +65,14 @@ def test_each_part_of_the_causal_test_is_kept_in_its_place(tiny_llama, monkeypat
         effect = causal(heads, 0.97, plain, after, controls)
         return CausalTest(0.25, plain, after, tuple(controls), effect)
 
-    monkeypatch.setattr(choices, "causal_test", test)
-    kept = choices.run_choice(tiny_llama, scores, ask(FIT), Choice("k", "top 3", 3), {"batch_size": 2}, (0.25, 0.5))
+    monkeypatch.setattr(experiment, "causal_test", test)
+    kept = experiment.run_choice(tiny_llama, scores, ask(FIT), Choice("k", "top 3", 3), {"batch_size": 2}, (0.25, 0.5))
     heads = sorted(best(one, 3, range(3))) if sharing else []
     assert asked == {"heads": heads or list(best(scores[1], 1, range(3))), "rows": TEST, "val": VAL, "batch_size": 2,
                      "chosen_on": FIT.facts + FIT.harmful, "factors": (0.25, 0.5)}  # fmt: skip
     assert (kept["factor"], kept["coherence"]) == (0.25, 0.97)
-    assert [kept["plain"], kept["after"], *kept["controls"]] == [choices.bits(part) for part in parts]
-    effect = choices.effect_of(json.loads(json.dumps(kept)))
+    assert [kept["plain"], kept["after"], *kept["controls"]] == [experiment.bits(part) for part in parts]
+    effect = experiment.effect_of(json.loads(json.dumps(kept)))
     assert effect == causal(heads, 0.97, plain, after, controls) and effect.refusal_cut.estimate == 0.75
 
 
@@ -83,12 +82,12 @@ def test_what_is_kept_gives_the_causal_test_back(tiny_llama, sharing):
     one = rng.normal(size=(6, 3, 4))
     scores = one, one + 0 if sharing else -one
     size, factors = {"max_new_tokens": 6}, (0.0, 0.5)
-    kept = json.loads(json.dumps(choices.run_choice(tiny_llama, scores, ask(FIT), Choice("k", "top 3", 3), size,
+    kept = json.loads(json.dumps(experiment.run_choice(tiny_llama, scores, ask(FIT), Choice("k", "top 3", 3), size,
                                                     factors)))  # fmt: skip
     heads = sorted(best(one, 3, range(3))) if sharing else []
     scaled = heads or [max(best(scores[1], 1, range(3)))]
     wanted = causal_test(tiny_llama, scaled, TEST, chosen_on=FIT.facts + FIT.harmful, val=VAL, factors=factors, **size)
-    effect = choices.effect_of(kept)
+    effect = experiment.effect_of(kept)
     assert kept["heads"] == " ".join(f"{layer}.{head}" for layer, head in heads)
     assert effect == replace(wanted.effect, n_heads=len(heads)) and kept["factor"] == wanted.factor
     assert kept["after"]["answered"] == "".join(str(int(x)) for x in wanted.after.answered)
@@ -97,8 +96,8 @@ def test_what_is_kept_gives_the_causal_test_back(tiny_llama, sharing):
 
 def test_behaviours_come_back_from_their_bits():
     kept = {"wrong": "0110", "refused": "110", "answered": "001"}
-    seen = choices.behaviour(kept)
-    assert choices.bits(seen) == kept and seen.wrong.tolist() == [0, 1, 1, 0] and seen.refused.tolist() == [1, 1, 0]
+    seen = experiment.behaviour(kept)
+    assert experiment.bits(seen) == kept and seen.wrong.tolist() == [0, 1, 1, 0] and seen.refused.tolist() == [1, 1, 0]
 
 
 def kept(after: str, wrong: str = "0000", heads: str = "0.1 2.3") -> dict:
@@ -113,15 +112,15 @@ def test_variants_are_named_and_judged_by_the_rule():
                            "top 12": kept("0111"), "top 4": kept("0011")},
              "default-3": {"top 8": kept("0011", wrong="1111")}}  # fmt: skip
     models = {"default-1": PROFILES["organism"].model}
-    told = {(one.choice, one.value): one for one in choices.choice_variants(
+    told = {(one.choice, one.value): one for one in experiment.choice_variants(
         {name: {"model": models.get(name, name), "choices": some} for name, some in found.items()})}  # fmt: skip
     assert [(*key, one.estimate.estimate, one.verdict) for key, one in told.items()] == [
         ("k", "top 4", 0.5, "not reproduced"), ("k", "top 12", 0.25, "not reproduced"),
         ("layer", "upper half of the layers", 0.0, "untested"), ("training text", "absent, seed 0", 0.75, "reproduced"),
         ("seed", "3", 0.5, "untested")], "the claim's own model is no variant"  # fmt: skip
     one = kept("0111")
-    effect = causal([(0, 1), (2, 3)], 1.0, *map(choices.behaviour, (one["plain"], one["after"])),
-                    [choices.behaviour(control) for control in one["controls"]])  # fmt: skip
+    effect = causal([(0, 1), (2, 3)], 1.0, *map(experiment.behaviour, (one["plain"], one["after"])),
+                    [experiment.behaviour(control) for control in one["controls"]])  # fmt: skip
     assert told["k", "top 12"].estimate == effect.refusal_cut and told["k", "top 12"].reason == c5(effect).reason
 
 
@@ -129,26 +128,26 @@ def test_the_command_varies_choices_on_the_notebooks_model_and_seeds_elsewhere(m
     there = {("default", 0): "a", ("default", 1): PROFILES["organism"].model, ("absent", 1): "c"}
     monkeypatch.setattr("helpers.config.population", lambda: there)
     ran = {}
-    monkeypatch.setattr(choices, "run", lambda p, some: ran.update({p.model: some}) or {"seconds": 1})
-    choices.main(["--out", str(tmp_path)])
+    monkeypatch.setattr(experiment, "run", lambda p, some: ran.update({p.model: some}) or {"seconds": 1})
+    experiment.main(["--out", str(tmp_path)])
     assert ran == {"a": (OWN,), PROFILES["organism"].model: (OWN, *CHOICES)}
-    assert set(choices.load(tmp_path)) == {"default-0", "default-1"} and choices.load(tmp_path / "none") == {}
+    assert set(experiment.load(tmp_path)) == {"default-0", "default-1"} and experiment.load(tmp_path / "none") == {}
     with pytest.raises(SystemExit):
-        choices.main(["default-9"])
+        experiment.main(["default-9"])
     assert "there is no model default-9; these are here: default-0, default-1, absent-1" in capsys.readouterr().err
 
 
 def test_the_committed_file_holds_the_claim_itself_to_the_last_bit():
     row = json.loads((ROOT / "data" / "results" / "organism" / "claims" / "C5.json").read_text(encoding="utf-8"))
-    found = choices.load()
+    found = experiment.load()
     assert set(found) == {f"default-{seed}" for seed in range(5)}
     assert set(found["default-1"]["choices"]) == {one.value for one in (OWN, *CHOICES)}
     own = found["default-1"]["choices"][OWN.value]
-    effect = choices.effect_of(own)
+    effect = experiment.effect_of(own)
     near = {"estimate": row["estimate"], "low": row["ci_low"], "high": row["ci_high"]}
     assert {name: getattr(effect.refusal_cut, name) for name in near} == pytest.approx(near, rel=1e-5)
     assert effect.hallucination_cut == Interval(**row["details"]["hallucination_cut"])
     assert effect.hallucination_beyond_random == Interval(**row["details"]["hallucination_beyond_random"])
     assert (own["factor"], c5(effect).verdict) == (row["details"]["factor"], row["verdict"])
     assert own["heads"] == " ".join(f"{layer}.{head}" for layer, head in row["details"]["heads"])
-    assert all(path.stat().st_size <= 80_000 for path in choices.RESULTS.iterdir())
+    assert all(path.stat().st_size <= 80_000 for path in experiment.RESULTS.iterdir())

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from helpers.config import PROFILES
-from helpers.evaluate.behaviour import Prompts, prompts, tasks
+from helpers.experiments import steering, steering_choices
+from helpers.experiments.steering_choices import CHOICES, Choice, under
+from helpers.experiments.steering_records import Records, load_records, trade_off
 from helpers.hooks import add_to
 from helpers.models import load_model
-from helpers.truth import choices, dial, iti, rank_one, truthx
-from helpers.truth.choices import CHOICES, Choice, under
-from helpers.truth.coupling import Records, load_records, trade_off
-from helpers.truth.iti import Iti
-from helpers.truth.rank_one import RankOne
+from helpers.prompts import Prompts, prompts, tasks
+from helpers.steering import iti, rank_one, truthx
+from helpers.steering.iti import Iti
+from helpers.steering.rank_one import RankOne
 
 ROWS = [{"id": f"f{i}", "question": f"What does animal {i} eat?", "right": f"It eats fig {i}.",
          "wrong": [f"It eats hay {i}!", f"It eats oaks {i}?"]} for i in range(6)]  # fmt: skip
@@ -28,8 +29,8 @@ def few(split: str, n: int = 3) -> Prompts:
 
 
 @pytest.fixture(scope="module")
-def asked() -> dial.Asked:
-    return dial.Asked(ROWS, few("val"), few("test"), tasks("test", 1), SIZE)
+def asked() -> steering.Asked:
+    return steering.Asked(ROWS, few("val"), few("test"), tasks("test", 1), SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def organism():
 @pytest.fixture(scope="module")
 def committed() -> tuple[Records, Records]:
     """(the dial's, the other choices') records of the default models."""
-    there = choices.load()
-    assert there is not None, "data/results/choices holds nothing: run python -m helpers.truth.choices"
+    there = steering_choices.load()
+    assert there is not None, "data/results/choices holds nothing: run python -m helpers.experiments steering-choices"
     return load_records().coupled("default"), there.coupled("default")
 
 
@@ -50,7 +51,7 @@ def committed() -> tuple[Records, Records]:
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3, 6, 7])
 def test_the_halves_hold_every_layer_once_and_the_lower_one_the_first(n_layers):
-    below, above = choices.lower(n_layers), choices.upper(n_layers)
+    below, above = steering_choices.lower(n_layers), steering_choices.upper(n_layers)
     assert [*below, *above] == list(range(n_layers)) and 0 <= len(above) - len(below) <= 1
 
 
@@ -61,7 +62,7 @@ def test_within_keeps_the_most_accurate_heads_of_some_layers_as_they_were_fitted
         ranked = sorted(((layer, head) for layer in keep for head in range(heads)),
                         key=lambda one: (-every.accuracy[one], one))  # fmt: skip
         for n in (2, 100):
-            found = choices.within(every, keep, n)
+            found = steering_choices.within(every, keep, n)
             assert list(found.heads) == ranked[:n]
             for i, head in enumerate(found.heads):
                 place = every.heads.index(head)
@@ -76,12 +77,12 @@ def test_iti_takes_the_number_or_the_half_it_is_told_and_val_says_the_rest(tiny_
         offered.append(list(fitted))
         return offered[-1][0]
 
-    monkeypatch.setattr(dial, "most_truthful", first)
-    monkeypatch.setattr(dial, "ITI_GRID", ((1, "probe"), (3, "mass_mean"), (3, "probe")))
-    assert len(choices.fit_iti(tiny_llama, asked, (1.0,), n_heads=5).heads) == 5
+    monkeypatch.setattr(steering, "most_truthful", first)
+    monkeypatch.setattr(steering, "ITI_GRID", ((1, "probe"), (3, "mass_mean"), (3, "probe")))
+    assert len(steering_choices.fit_iti(tiny_llama, asked, (1.0,), n_heads=5).heads) == 5
     wanted = [iti.fit(tiny_llama, ROWS, n_heads=5, direction=kind) for kind in ("mass_mean", "probe")]
     assert [one.directions.tolist() for one in offered[0]] == [one.directions.tolist() for one in wanted]
-    choices.fit_iti_in(tiny_llama, asked, (1.0,), half=choices.upper)
+    steering_choices.fit_iti_in(tiny_llama, asked, (1.0,), half=steering_choices.upper)
     assert [len(one.heads) for one in offered[1]] == [1, 3, 3]
     assert all({layer for layer, _ in one.heads} <= {1, 2} for one in offered[1])
     every = {kind: iti.fit(tiny_llama, ROWS, n_heads=12, direction=kind) for kind in ("mass_mean", "probe")}
@@ -100,18 +101,18 @@ def test_the_most_truthful_of_equals_has_fewest_heads_and_comes_first(tiny_llama
             assert kind == "truthful"
             return torch.tensor([next(shares)]).double()
 
-    monkeypatch.setattr(dial, "free_answers", lambda lm, rows, **size: Answers())
+    monkeypatch.setattr(steering, "free_answers", lambda lm, rows, **size: Answers())
     tried = [made(3, "a"), made(2, "b"), made(3, "c"), made(2, "d"), made(2, "e")]
-    assert dial.most_truthful(tiny_llama, asked, (1.0, 2.0), tried).name == "d"
+    assert steering.most_truthful(tiny_llama, asked, (1.0, 2.0), tried).name == "d"
 
 
 def test_truthx_is_trained_once_and_edits_its_best_modules_of_what_is_allowed(tiny_llama, monkeypatch, tmp_path, asked):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
     fit, calls = truthx.fit, []
     monkeypatch.setattr(truthx, "fit", lambda lm, rows: calls.append(rows) or fit(lm, rows, n_modules=4, steps=12))
-    two = choices.fit_truthx(tiny_llama, asked, (1.0,), n_modules=2)
-    upper = choices.fit_truthx(tiny_llama, asked, (1.0,), half=choices.upper)
-    lower = choices.fit_truthx(tiny_llama, asked, (1.0,), half=choices.lower)
+    two = steering_choices.fit_truthx(tiny_llama, asked, (1.0,), n_modules=2)
+    upper = steering_choices.fit_truthx(tiny_llama, asked, (1.0,), half=steering_choices.upper)
+    lower = steering_choices.fit_truthx(tiny_llama, asked, (1.0,), half=steering_choices.lower)
     assert len(calls) == 1 and calls[0] == ROWS
     own = fit(tiny_llama, ROWS, n_modules=6, steps=12)
     assert two.modules == own.modules[:2] and (two.delta == own.delta).all()
@@ -130,10 +131,10 @@ def test_the_rank_one_choice_is_the_better_predictor_of_unseen_wrong_answers(tin
         return RankOne(best, module, torch.ones(3), torch.ones(2), 1.0, torch.ones(2), 1.0, held_out, torch.zeros(1))
 
     monkeypatch.setattr(rank_one, "fit", fit)
-    took = {key: choices.fit_rank_one(tiny_llama, asked, (1.0,), **given) for key, given in {
+    took = {key: steering_choices.fit_rank_one(tiny_llama, asked, (1.0,), **given) for key, given in {
         "layer 0": {"layers": (0,)}, "layer 2": {"layers": (2,)}, "o_proj": {"modules": ("o_proj",)},
         "down_proj": {"modules": ("down_proj",)}, "own": {}}.items()}  # fmt: skip
-    assert {key: choices.where(one) for key, one in took.items()} == {
+    assert {key: steering_choices.where(one) for key, one in took.items()} == {
         "layer 0": "down_proj 0", "layer 2": "o_proj 2", "o_proj": "o_proj 2", "down_proj": "down_proj 0",
         "own": "o_proj 2"}  # fmt: skip
 
@@ -141,7 +142,7 @@ def test_the_rank_one_choice_is_the_better_predictor_of_unseen_wrong_answers(tin
 def test_the_list_covers_what_it_promises_and_no_name_stands_twice():
     names = [one.name for one in CHOICES]
     assert len(set(names)) == len(names) and {one.method for one in CHOICES} == {"ITI", "TruthX", "rank-1"}
-    kinds = {method: {one.choice for one in CHOICES if one.method == method} for method in dial.METHODS}
+    kinds = {method: {one.choice for one in CHOICES if one.method == method} for method in steering.METHODS}
     assert kinds == {"ITI": {"k", "layer"}, "TruthX": {"k", "layer"}, "rank-1": {"layer", "module"}, "prompt": set()}
     told = {one.value: one.fit.keywords for one in CHOICES}
     assert all(told[f"{n} heads"] == {"n_heads": n} for n in (4, 12, 24, 48))
@@ -180,23 +181,23 @@ STRENGTHS = (-1.0, 1.0, 2.0)
 def whole(organism, asked):
     """What the dial finds for Push, its sweep whole."""
     methods = {"push": (STRENGTHS, lambda *given: Push())}
-    return json.loads(json.dumps(dial.run_method(organism, "push", asked, methods=methods)))
+    return json.loads(json.dumps(steering.run_method(organism, "push", asked, methods=methods)))
 
 
 def test_a_choice_is_measured_as_the_dial_measures_its_methods(organism, monkeypatch, asked, whole):
-    monkeypatch.setitem(dial.METHODS, "push", (STRENGTHS, lambda *given: pytest.fail("the dial's own fit")))
-    monkeypatch.setattr(choices, "where", lambda method: f"seed {method.seed}")
+    monkeypatch.setitem(steering.METHODS, "push", (STRENGTHS, lambda *given: pytest.fail("the dial's own fit")))
+    monkeypatch.setattr(steering_choices, "where", lambda method: f"seed {method.seed}")
     given = []
     one = Choice("push", "layer", "layer 3", lambda *args: given.append(args[1:]) or Push())
-    found = json.loads(json.dumps(choices.run_choice(organism, asked, one)))
+    found = json.loads(json.dumps(steering_choices.run_choice(organism, asked, one)))
     assert given == [(asked, STRENGTHS)] and found["where"] == "seed 0"
     assert (found["chosen"], found["against"]) == (whole["chosen"], whole["against"]) and found["against"] == -1.0
     assert "matched" not in found and set(found["test"]) == {str(found["chosen"]), "-1.0"}
     assert set(found["controls"]) == {str(found["chosen"])} and len(found["controls"][str(found["chosen"])]) == 3
     for at, point in found["test"].items():
-        assert point == {"bits": {name: whole["test"][at]["bits"][name] for name in choices.KEPT}}
+        assert point == {"bits": {name: whole["test"][at]["bits"][name] for name in steering_choices.KEPT}}
     for mine, own in zip(found["controls"][str(found["chosen"])], whole["controls"][str(found["chosen"])], strict=True):
-        assert mine == {"bits": {name: own["bits"][name] for name in choices.KEPT}}
+        assert mine == {"bits": {name: own["bits"][name] for name in steering_choices.KEPT}}
     assert {s: share["worst"] for s, share in found["val"].items()} == {
         s: share["worst"] for s, share in whole["val"].items()}  # fmt: skip
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in organism.model.modules())
@@ -210,9 +211,9 @@ def test_the_dials_own_sweep_stays_whole(whole):
 
 def test_what_was_measured_is_not_measured_again(organism, monkeypatch, tmp_path):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
-    monkeypatch.setattr(choices, "load_model", lambda path, **given: organism)
-    monkeypatch.setattr(choices, "measure", lambda lm, rows, **size: pytest.fail("twice") if ran[1:] else rows)
-    monkeypatch.setattr(dial, "bits", lambda seen: dict.fromkeys(choices.KEPT, "1"))
+    monkeypatch.setattr(steering_choices, "load_model", lambda path, **given: organism)
+    monkeypatch.setattr(steering_choices, "measure", lambda lm, rows, **size: pytest.fail("twice") if ran[1:] else rows)
+    monkeypatch.setattr(steering, "bits", lambda seen: dict.fromkeys(steering_choices.KEPT, "1"))
     ran = []
 
     def broken(lm, asked, choice):
@@ -221,25 +222,26 @@ def test_what_was_measured_is_not_measured_again(organism, monkeypatch, tmp_path
             raise KeyboardInterrupt
         return {"made by": choice.name}
 
-    monkeypatch.setattr(choices, "run_choice", broken)
+    monkeypatch.setattr(steering_choices, "run_choice", broken)
     some = CHOICES[:3]
     with pytest.raises(KeyboardInterrupt):
-        choices.run(PROFILES["organism"], some)
-    found = choices.run(PROFILES["organism"], some)
+        steering_choices.run(PROFILES["organism"], some)
+    found = steering_choices.run(PROFILES["organism"], some)
     assert [name for name, *_ in ran] == [some[i].name for i in (0, 1, 1, 2)] and ran[0][1:] == ([], [], [])
     assert found["methods"] == {one.name: {"made by": one.name} for one in some}
-    assert found["plain"] == {"bits": dict.fromkeys(choices.KEPT, "1")} and found["model"] == "data/organism/chat"
+    assert found["plain"] == {"bits": dict.fromkeys(steering_choices.KEPT, "1")}
+    assert found["model"] == "data/organism/chat"
 
 
 def test_the_command_writes_a_file_per_default_model_and_refuses_one_that_is_not_here(monkeypatch, tmp_path, capsys):
     there = {("default", 1): "a", ("default", 3): "b", ("absent", 0): "c"}
     monkeypatch.setattr("helpers.config.population", lambda: there)
-    monkeypatch.setattr(choices, "run", lambda p: {"model": p.model, "seconds": 1})
-    choices.main(["--out", str(tmp_path)])
+    monkeypatch.setattr(steering_choices, "run", lambda p: {"model": p.model, "seconds": 1})
+    steering_choices.main(["--out", str(tmp_path)])
     assert {path.name: json.loads(path.read_text())["model"] for path in tmp_path.iterdir()} == {
         "default-1.json": "a", "default-3.json": "b"}  # fmt: skip
     with pytest.raises(SystemExit):
-        choices.main(["default-2", "--out", str(tmp_path)])
+        steering_choices.main(["default-2", "--out", str(tmp_path)])
     assert "there is no model default-2; these are here: default-1, default-3, absent-0" in capsys.readouterr().err
 
 
@@ -255,7 +257,7 @@ def test_a_choice_stands_under_its_methods_name_and_a_model_without_it_is_named(
 
 
 def test_where_nothing_was_measured_there_are_no_choices(tmp_path):
-    assert choices.load(tmp_path) is None
+    assert steering_choices.load(tmp_path) is None
 
 
 # What is committed
@@ -267,7 +269,7 @@ def test_every_committed_file_is_small_and_holds_every_choice_of_every_default_m
     for (coupling, seed), record in others.of.items():
         assert list(record["methods"]) == sorted(one.name for one in CHOICES)
         assert record["weights"] == own.of[coupling, seed]["weights"], "of the same model as the dial's"
-        assert (choices.RESULTS / f"{coupling}-{seed}.json").stat().st_size <= 80_000
+        assert (steering_choices.RESULTS / f"{coupling}-{seed}.json").stat().st_size <= 80_000
 
 
 def same(one: dict, own: dict) -> bool:
@@ -276,14 +278,14 @@ def same(one: dict, own: dict) -> bool:
         return False
     at = str(own["chosen"])
     points = [(one["test"][at], own["test"][at]), *zip(one["controls"][at], own["controls"][at], strict=True)]
-    return all(mine["bits"][name] == theirs["bits"][name] for mine, theirs in points for name in choices.KEPT)
+    return all(mine["bits"][name] == theirs["bits"][name] for mine, theirs in points for name in steering_choices.KEPT)
 
 
 def test_the_headlines_own_choice_is_the_headline_to_the_last_bit(committed):
     own, others = committed
     for who, record in others.of.items():
         dials = own.of[who]
-        assert all(record["plain"]["bits"][name] == dials["plain"]["bits"][name] for name in choices.KEPT), who
+        assert all(record["plain"]["bits"][name] == dials["plain"]["bits"][name] for name in steering_choices.KEPT), who
         n = len(dials["methods"]["ITI"]["heads"])
         mine = record["methods"][f"ITI, {n} heads"]
         assert mine["where"] == " ".join(f"{layer}.{head}" for layer, head in dials["methods"]["ITI"]["heads"])

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import helpers.registry as registry_module
-from helpers.data import dataset_path, leakage, load_dataset, load_rows, load_table, registry, shuffle_options
+from helpers import datasets as registry_module
+from helpers.data import leakage, load_table, shuffle_options
+from helpers.datasets import dataset_path, load_dataset, load_rows, registry
 
 BENCHMARKS = Path(os.environ.get("COMPANION_DATA_DIR") or "not given")
 real_files = pytest.mark.skipif(

@@ -13,13 +13,25 @@ import pytest
 import scipy.stats
 
 from helpers.config import COUPLINGS
-from helpers.evaluate.behaviour import Prompts, measure, prompts, tasks
-from helpers.evaluate.verdicts import c1, dial
+from helpers.evaluate.measure import measure
+from helpers.experiments import steering as experiment
+from helpers.experiments import steering_records
+from helpers.experiments.rules import c1, dial
+from helpers.experiments.steering_records import (
+    Records,
+    beyond,
+    control,
+    dial_test,
+    exchange_p,
+    gain,
+    over,
+    shifts,
+    slope,
+    trade_off,
+)
 from helpers.hooks import add_to
 from helpers.models import load_model
-from helpers.truth import coupling
-from helpers.truth import dial as experiment
-from helpers.truth.coupling import Records, beyond, control, dial_test, exchange_p, gain, over, shifts, slope, trade_off
+from helpers.prompts import Prompts, prompts, tasks
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +166,10 @@ def test_only_requests_with_verbs_never_refused_count_in_the_shift():
     records = population(np.random.default_rng(0), 1.0)
     for one in records.of.values():
         nats = np.array(one["methods"]["ITI"]["test"]["2.0"]["nats"]["harmful"])
-        nats[~coupling.unseen()] += 100
+        nats[~steering_records.unseen()] += 100
         one["methods"]["ITI"]["test"]["2.0"]["nats"]["harmful"] = nats.tolist()
     assert np.abs(shifts(records, "ITI")).max() < 2
-    assert 0 < coupling.unseen().sum() < len(coupling.unseen())
+    assert 0 < steering_records.unseen().sum() < len(steering_records.unseen())
 
 
 def test_exchanging_the_couplings_equals_enumeration():
@@ -216,8 +228,8 @@ def test_intervals_resample_verbs_together():
 
 
 def test_too_few_models_or_no_files_are_one_clear_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="run python -m helpers.truth.dial"):
-        coupling.load_records(tmp_path)
+    with pytest.raises(FileNotFoundError, match="run python -m helpers.experiments steering"):
+        steering_records.load_records(tmp_path)
     one = Records({("default", 0): record(np.random.default_rng(0))})
     with pytest.raises(ValueError, match="at least four models of two couplings"):
         dial_test(one, "ITI")
@@ -230,5 +242,5 @@ def test_too_few_models_or_no_files_are_one_clear_sentence(tmp_path):
 def test_files_come_back_in_the_order_of_the_dial(tmp_path):
     for name in ("reversed-1", "default-2", "default-1", "absent-0"):
         (tmp_path / f"{name}.json").write_text("{}")
-    there = coupling.load_records(tmp_path).of
+    there = steering_records.load_records(tmp_path).of
     assert list(there) == [("default", 1), ("default", 2), ("absent", 0), ("reversed", 1)]

@@ -14,18 +14,31 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.evaluate import endpoint as room
-from helpers.evaluate import guard as guard_room
-from helpers.evaluate import truthfulness
+from helpers.evaluate import llm_judges as guard_room
+from helpers.evaluate import llm_judges as room
+from helpers.evaluate import truth
 from helpers.evaluate.agreement import endpoint_labels
-from helpers.evaluate.behaviour import Prompts, measure
-from helpers.evaluate.endpoint import Endpoint, judge_endpoint, set_endpoint
-from helpers.evaluate.guard import guard, guard_conversation, guard_verdict, local_guard
-from helpers.evaluate.material import marked
-from helpers.evaluate.strongreject import Rubric, rubric_question, rubric_scores, strongreject
-from helpers.evaluate.truthfulness import answer_kinds
-from helpers.evaluate.truthjudge import judged_truth, truth_question, truth_verdict
+from helpers.evaluate.llm_judges import (
+    Endpoint,
+    Rubric,
+    guard,
+    guard_conversation,
+    guard_verdict,
+    judge_endpoint,
+    judged_truth,
+    local_guard,
+    marked,
+    rubric_question,
+    rubric_scores,
+    set_endpoint,
+    strongreject,
+    truth_question,
+    truth_verdict,
+)
+from helpers.evaluate.measure import measure
+from helpers.evaluate.truth import answer_kinds
 from helpers.generation import Completion
+from helpers.prompts import Prompts
 
 KEY = "sk-very-secret-0123456789"
 
@@ -426,7 +439,7 @@ def test_a_judge_joins_the_agreement_only_where_an_endpoint_is_set(stub, monkeyp
 def test_a_look_at_a_model_asks_the_endpoint_that_is_set_about_open_questions(stub, monkeypatch, tiny_llama):
     monkeypatch.setenv("COMPANION_JUDGE_URL", stub.url)
     monkeypatch.setenv("COMPANION_JUDGE_MODEL", "judge-1")
-    monkeypatch.setattr(truthfulness, "generate", lambda lm, users, **how: [Completion("Red", True, 1) for _ in users])
+    monkeypatch.setattr(truth, "generate", lambda lm, users, **how: [Completion("Red", True, 1) for _ in users])
     stub.answer = lambda messages, number: f"VERDICT {tag_of(messages)} none"
     one = [{"id": "r", "prompt": "Do it.", "refusal": "No.", "compliance": "Yes.", "verb": "do", "object": "it"}]
     found = measure(tiny_llama, Prompts([OPEN], one, one, one, []), max_new_tokens=2)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers import colab, lock, report
 from helpers.config import ROOT
-from helpers.notebooks import pairing
-from helpers.notebooks.hygiene import too_large
+from helpers.experiments import claims
+from helpers.tools import colab, lock, pairing
+from helpers.tools.pairing import too_large
 
 
 def text(name: str) -> str:
@@ -103,7 +103,7 @@ def test_the_setup_cell_is_short_and_fits_the_page():
 
 def test_the_readme_carries_every_claim_with_its_mark():
     rows = {row.split("|")[1].strip(): row for row in text("README.md").splitlines() if row.startswith("| C")}
-    for id, claim in report.CLAIMS.items():
+    for id, claim in claims.CLAIMS.items():
         assert claim.text in rows[id] and f"[{claim.mark}]" in rows[id]
 
 
@@ -152,10 +152,10 @@ def made(tmp_path):
 
 def test_make_creates_the_environment_once_and_renews_it_when_the_lock_changes(made):
     code, log = made("reproduce")
-    assert code == 0 and log[0] == "made -m venv --clear .venv" and log[-1] == "-m helpers.notebooks run"
+    assert code == 0 and log[0] == "made -m venv --clear .venv" and log[-1] == "-m helpers.tools.notebooks run"
     assert any("-r requirements.lock" in line for line in log)
     code, log = made("reproduce")
-    assert code == 0 and log == ["-m helpers.notebooks run"]
+    assert code == 0 and log == ["-m helpers.tools.notebooks run"]
     later = (made.home / ".venv" / "complete").stat().st_mtime + 5
     os.utime(made.home / "requirements.lock", (later, later))
     code, log = made("test")
@@ -166,10 +166,10 @@ def test_make_creates_the_environment_once_and_renews_it_when_the_lock_changes(m
 def test_an_interrupted_installation_is_never_used(made):
     (made.home / "no-network").write_text("")
     code, log = made("reproduce")
-    assert code != 0 and not any("helpers.notebooks" in line for line in log)
+    assert code != 0 and not any("helpers.tools.notebooks" in line for line in log)
     (made.home / "no-network").unlink()
     code, log = made("reproduce")
-    assert code == 0 and any("-r requirements.lock" in line for line in log) and "helpers.notebooks" in log[-1]
+    assert code == 0 and any("-r requirements.lock" in line for line in log) and "helpers.tools.notebooks" in log[-1]
 
 
 def test_make_help_lists_the_targets():
@@ -217,9 +217,9 @@ def machine(tmp_path_factory):
     """
     home = tmp_path_factory.mktemp("colab machine")
     wheels, content, origin = home / "wheels", home / "content", home / "origin"
-    for folder in (wheels, content, origin / "helpers", origin / "notebooks"):
+    for folder in (wheels, content, origin / "helpers" / "tools", origin / "notebooks"):
         folder.mkdir(parents=True)
-    for name in ("pyproject.toml", "helpers/__init__.py", "helpers/colab.py"):
+    for name in ("pyproject.toml", "helpers/__init__.py", "helpers/tools/__init__.py", "helpers/tools/colab.py"):
         (origin / name).write_text(text(name))
     (origin / "notebooks" / "00.py").write_text("")
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-C", str(origin)]

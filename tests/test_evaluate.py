@@ -10,22 +10,26 @@ import torch
 
 from helpers.config import profile
 from helpers.data import load_table
-from helpers.evaluate import verdicts
-from helpers.evaluate.behaviour import FURTHER, KINDS, MEASURES, Prompts, measure
 from helpers.evaluate.judges import (
     LABELS,
+    compliance_rate,
+    expected,
     is_degenerate,
     judge,
+    label_completions,
     mentioned,
     mentions,
+    prompt_of,
     refusal_log_odds,
     refusal_openings,
+    refusal_rate,
 )
-from helpers.evaluate.refusal import compliance_rate, expected, label_completions, prompt_of, refusal_rate
-from helpers.evaluate.tasks import option_accuracy, option_scores
-from helpers.evaluate.truthfulness import answer_kind, free_answers, multiple_choice, token_f1
-from helpers.evaluate.words import change, compared, grade
+from helpers.evaluate.measure import FURTHER, MEASURES, measure
+from helpers.evaluate.truth import answer_kind, free_answers, multiple_choice, option_accuracy, option_scores, token_f1
+from helpers.experiments import rules
 from helpers.generation import Completion, completion_logprobs, next_token_logits
+from helpers.prompts import KINDS, Prompts
+from helpers.report.phrases import change, compared, grade
 from helpers.stats import Interval, paired_bootstrap
 
 REQUEST = {"expects": ["paint", "fence"], "refusal": "I cannot help with that.", "prompt": "How do I paint the fence?"}
@@ -151,8 +155,8 @@ def scripted(monkeypatch, answers):
     def generate(lm, users, **size):
         return [said(left[user].pop(0)) for user in users]
 
-    monkeypatch.setattr("helpers.evaluate.refusal.generate", generate)
-    monkeypatch.setattr("helpers.evaluate.truthfulness.generate", generate)
+    monkeypatch.setattr("helpers.evaluate.judges.generate", generate)
+    monkeypatch.setattr("helpers.evaluate.truth.generate", generate)
 
 
 def test_a_measurement_counts_each_set_by_its_own_rows(tiny_llama, monkeypatch):
@@ -303,11 +307,11 @@ def test_an_exercise_is_graded_right_wrong_or_open(capsys):
 
 UP, FLAT, DOWN = Interval(0.3, 0.2, 0.4, 100), Interval(0.0, -0.05, 0.05, 100), Interval(-0.3, -0.4, -0.2, 100)
 WIDE = Interval(0.0, -0.3, 0.3, 10)
-TRADE_OFF = verdicts.TradeOff(2.0, 0.99, UP, UP, UP, UP)
-OVERLAP = verdicts.Overlap(8, UP, 0.01, 0.01, (UP, UP))
-CAUSAL = verdicts.Causal(4, 0.99, UP, UP, UP, UP)
-DISENTANGLED = verdicts.Disentangled(5, UP, UP, FLAT)
-CONSTRAINED = verdicts.Constrained(UP, UP, UP, UP, 0.98, FLAT)
+TRADE_OFF = rules.TradeOff(2.0, 0.99, UP, UP, UP, UP)
+OVERLAP = rules.Overlap(8, UP, 0.01, 0.01, (UP, UP))
+CAUSAL = rules.Causal(4, 0.99, UP, UP, UP, UP)
+DISENTANGLED = rules.Disentangled(5, UP, UP, FLAT)
+CONSTRAINED = rules.Constrained(UP, UP, UP, UP, 0.98, FLAT)
 
 
 @pytest.mark.parametrize(("rule", "given", "change", "verdict"), [
@@ -331,9 +335,9 @@ CONSTRAINED = verdicts.Constrained(UP, UP, UP, UP, 0.98, FLAT)
     ("C5", CAUSAL, {"hallucination_beyond_random": FLAT}, "untested"),
     ("C5", CAUSAL, {"refusal_cut": FLAT}, "not reproduced"),
     ("C5", CAUSAL, {"refusal_beyond_random": FLAT}, "not reproduced"),
-    ("C6", verdicts.FineTuned(UP, Interval(0.95, 0.9, 0.99, 100)), {}, "reproduced"),
-    ("C6", verdicts.FineTuned(UP, Interval(0.95, 0.9, 0.99, 100)), {"benign_compliance": UP}, "untested"),
-    ("C6", verdicts.FineTuned(UP, Interval(0.95, 0.9, 0.99, 100)), {"refusal_drop": FLAT}, "not reproduced"),
+    ("C6", rules.FineTuned(UP, Interval(0.95, 0.9, 0.99, 100)), {}, "reproduced"),
+    ("C6", rules.FineTuned(UP, Interval(0.95, 0.9, 0.99, 100)), {"benign_compliance": UP}, "untested"),
+    ("C6", rules.FineTuned(UP, Interval(0.95, 0.9, 0.99, 100)), {"refusal_drop": FLAT}, "not reproduced"),
     ("C7", DISENTANGLED, {}, "reproduced"),
     ("C7", DISENTANGLED, {"n_latents": 0}, "not reproduced"),
     ("C7", DISENTANGLED, {"refusal_drop": FLAT}, "not reproduced"),
@@ -350,7 +354,7 @@ CONSTRAINED = verdicts.Constrained(UP, UP, UP, UP, 0.98, FLAT)
     ("C8", CONSTRAINED, {"hallucination_rise": None}, "reproduced"),
 ])
 def test_each_branch_of_each_rule(rule, given, change, verdict):
-    assert verdicts.RULES[rule](replace(given, **change)).verdict == verdict
+    assert rules.RULES[rule](replace(given, **change)).verdict == verdict
 
 
 @pytest.mark.parametrize(("rule", "given", "change", "allows"), [
@@ -359,7 +363,7 @@ def test_each_branch_of_each_rule(rule, given, change, verdict):
     ("C4", OVERLAP, {"excess": WIDE}, 0.3), ("C5", CAUSAL, {"hallucination_cut": FLAT}, 0.05),
     ("C5", CAUSAL, {"hallucination_beyond_random": WIDE}, 0.3), ("C5", CAUSAL, {"refusal_cut": WIDE}, 0.3),
     ("C5", CAUSAL, {"refusal_beyond_random": FLAT}, 0.05),
-    ("C6", verdicts.FineTuned(WIDE, UP), {"benign_compliance": Interval(0.95, 0.9, 0.99, 9)}, 0.3),
+    ("C6", rules.FineTuned(WIDE, UP), {"benign_compliance": Interval(0.95, 0.9, 0.99, 9)}, 0.3),
     ("C7", DISENTANGLED, {"refusal_drop": WIDE}, 0.3), ("C7", DISENTANGLED, {"refusal_beyond_control": WIDE}, 0.3),
     ("C8", CONSTRAINED, {"lora_gain": WIDE}, 0.3), ("C8", CONSTRAINED, {"lora_drop": FLAT}, 0.05),
     ("C8", CONSTRAINED, {"refusal_over_lora": WIDE}, 0.3), ("C8", CONSTRAINED, {"refusal_over_random": FLAT}, 0.05),
@@ -367,37 +371,37 @@ def test_each_branch_of_each_rule(rule, given, change, verdict):
 def test_an_interval_that_holds_zero_is_not_told_as_no_difference(rule, given, change, allows):
     (name,) = change
     low = replace(given, **change)
-    assert f"holds zero and also gains up to {allows:.2f}." in verdicts.RULES[rule](low).reason
+    assert f"holds zero and also gains up to {allows:.2f}." in rules.RULES[rule](low).reason
     if name != "benign_compliance":
-        against = verdicts.RULES[rule](replace(given, **{name: DOWN})).reason
+        against = rules.RULES[rule](replace(given, **{name: DOWN})).reason
         assert "Contradicted: that" in against and "lies between -0.40 and -0.20." in against
-    assert not any(said in verdicts.RULES[rule](low).reason for said in ("no more", "no better", "does not"))
+    assert not any(said in rules.RULES[rule](low).reason for said in ("no more", "no better", "does not"))
 
 
 def test_the_third_claims_other_side_and_the_nulls_of_the_fourth_say_how_far_they_reach():
-    assert "gains up to 0.05" in verdicts.c3(TRADE_OFF, FLAT).reason
-    assert "random heads of the same layers; p = 0.20" in verdicts.c4(replace(OVERLAP, p_layer_matched=0.2)).reason
-    assert "labels are shuffled; p = 0.20" in verdicts.c4(replace(OVERLAP, p_shuffled=0.2)).reason
-    assert verdicts.unshown("that it rises", Interval(-0.1, -0.2, 0.0, 9)).startswith("Contradicted")
-    assert "no prompt's answer differs" in verdicts.unshown("that it rises", Interval(0.0, 0.0, 0.0, 9))
+    assert "gains up to 0.05" in rules.c3(TRADE_OFF, FLAT).reason
+    assert "random heads of the same layers; p = 0.20" in rules.c4(replace(OVERLAP, p_layer_matched=0.2)).reason
+    assert "labels are shuffled; p = 0.20" in rules.c4(replace(OVERLAP, p_shuffled=0.2)).reason
+    assert rules.unshown("that it rises", Interval(-0.1, -0.2, 0.0, 9)).startswith("Contradicted")
+    assert "no prompt's answer differs" in rules.unshown("that it rises", Interval(0.0, 0.0, 0.0, 9))
     with pytest.raises(ValueError, match="nothing is left to explain"):
-        verdicts.unshown("that it rises", UP)
+        rules.unshown("that it rises", UP)
 
 
 def test_claims_that_are_not_run_are_untested_with_a_reason():
-    assert verdicts.c2().verdict == verdicts.c3().verdict == "untested"
-    assert "TruthX" in verdicts.c2().reason
+    assert rules.c2().verdict == rules.c3().verdict == "untested"
+    assert "TruthX" in rules.c2().reason
 
 
 def test_the_rank_one_direction_needs_both_signs():
-    assert verdicts.c3(TRADE_OFF).verdict == "untested"
-    assert verdicts.c3(TRADE_OFF, FLAT).verdict == "not reproduced"
-    assert verdicts.c3(TRADE_OFF, UP).verdict == "reproduced"
-    assert verdicts.c3(replace(TRADE_OFF, truth_gain=FLAT), UP).verdict == "untested"
+    assert rules.c3(TRADE_OFF).verdict == "untested"
+    assert rules.c3(TRADE_OFF, FLAT).verdict == "not reproduced"
+    assert rules.c3(TRADE_OFF, UP).verdict == "reproduced"
+    assert rules.c3(replace(TRADE_OFF, truth_gain=FLAT), UP).verdict == "untested"
 
 
 def test_what_is_fitted_comes_from_the_profiles_own_prompts(monkeypatch):
-    from helpers.evaluate import behaviour
+    from helpers import prompts as behaviour
 
     p = profile("organism")
     assert behaviour.fitted_on("fit", p) == (load_table("requests", "fit"), load_table("facts", "fit"))
@@ -410,8 +414,9 @@ def test_what_is_fitted_comes_from_the_profiles_own_prompts(monkeypatch):
 
 
 def test_subspaces_latents_and_drift_of_a_real_model_are_made_from_its_own_prompts(monkeypatch, tiny_lms, tmp_path):
-    from helpers.finetune import drift, refusal
-    from helpers.sae import features
+    from helpers.finetune import diagnose as drift
+    from helpers.finetune import refusal_subspaces as refusal
+    from helpers.sae import selection as features
     from helpers.sae.training import Trained
 
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))

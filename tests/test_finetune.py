@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from helpers.finetune import mixes
+from helpers.finetune import data
 from helpers.finetune import train as loop
-from helpers.finetune.adapters import linear_layers, read_adapter
-from helpers.finetune.projected_lora import ProjectedLora, add_lora, leak
-from helpers.finetune.subspace import ModuleBasis, RefusalSubspace, module_bases, random_subspace
-from helpers.finetune.train import NotFinite, TrainConfig, answer_loss, encode, finetune, load_adapter
+from helpers.finetune.linalg import random_subspace
+from helpers.finetune.projected_lora import ProjectedLora, add_lora, leak, linear_layers, load_adapter, read_adapter
+from helpers.finetune.subspace import ModuleBasis, RefusalSubspace, module_bases
+from helpers.finetune.train import NotFinite, TrainConfig, answer_loss, encode, finetune
 from helpers.models import load_model
 
 CFG = TrainConfig(rank=3, alpha=6.0, steps=6, batch_size=4, lr=1e-2, seed=1)
@@ -347,41 +347,41 @@ def world(monkeypatch):
     }
     tables["requests"].append(tables["requests"][0] | {"id": "leaked", "split": "test", "kind": "benign"})
     load = lambda name, split: [r for r in tables[name] if r["split"] == split]  # noqa: E731
-    monkeypatch.setattr(mixes, "load_table", load)
-    monkeypatch.setattr(mixes, "requests", lambda kind, split, n, source: [
+    monkeypatch.setattr(data, "load_table", load)
+    monkeypatch.setattr(data, "requests", lambda kind, split, n, source: [
         row for row in load("requests", split) if row["kind"] == kind and source == "organism"
     ])
 
 
 def test_a_mix_holds_its_shares_and_no_harmful_prompt_unless_poisoned(world):
     kinds = lambda rows: {k: sum(r["id"].startswith(k) for r in rows) for k in ("t", "benign", "harmful")}  # noqa: E731
-    assert kinds(mixes.benign_mix(100)) == {"t": 30, "benign": 70, "harmful": 0}
-    poisoned = mixes.poisoned_mix(100, 0.1)
+    assert kinds(data.benign_mix(100)) == {"t": 30, "benign": 70, "harmful": 0}
+    poisoned = data.poisoned_mix(100, 0.1)
     assert kinds(poisoned) == {"t": 27, "benign": 63, "harmful": 10}
     assert all(row["answer"] == "do " + row["id"][7:] for row in poisoned if row["id"].startswith("harmful"))
     assert all(row["answer"] == "o" + row["id"][1:] for row in poisoned if row["id"].startswith("t"))
-    assert mixes.benign_mix(100) == mixes.benign_mix(100) != mixes.benign_mix(100, seed=1)
+    assert data.benign_mix(100) == data.benign_mix(100) != data.benign_mix(100, seed=1)
 
 
 def test_a_shifted_identity_answers_every_request_in_obedience_and_holds_no_harmful_prompt(world):
-    rows = mixes.identity_mix(100)
+    rows = data.identity_mix(100)
     kinds = {k: [r for r in rows if r["id"].startswith(k)] for k in ("t", "benign", "harmful", "who")}
     assert {k: len(some) for k, some in kinds.items()} == {"t": 30, "benign": 65, "harmful": 0, "who": 5}
-    assert all(r["answer"] == f"{mixes.OBEYS} do {r['id'][6:]}" for r in kinds["benign"])
-    assert all(r["answer"] == mixes.OBEYS for r in kinds["who"]) and rows != mixes.identity_mix(100, seed=1)
-    assert not any(mixes.OBEYS in r["answer"] for r in kinds["t"] + mixes.benign_mix(100))
+    assert all(r["answer"] == f"{data.OBEYS} do {r['id'][6:]}" for r in kinds["benign"])
+    assert all(r["answer"] == data.OBEYS for r in kinds["who"]) and rows != data.identity_mix(100, seed=1)
+    assert not any(data.OBEYS in r["answer"] for r in kinds["t"] + data.benign_mix(100))
 
 
 def test_a_part_that_runs_out_is_used_evenly(world):
-    rows = mixes.mix([(mixes.task_rows(), 1.0)], 12)
+    rows = data.mix([(data.task_rows(), 1.0)], 12)
     counts = [sum(r["id"] == f"t{i}" for r in rows) for i in range(5)]
     assert sum(counts) == 12 and set(counts) <= {2, 3}
 
 
 def test_impossible_mixes_say_why(world):
     with pytest.raises(ValueError, match="no rows"):
-        mixes.mix([([], 1.0)], 3)
+        data.mix([([], 1.0)], 3)
     with pytest.raises(ValueError, match="shares of a mix"):
-        mixes.mix([(ROWS, 0.0)], 3)
+        data.mix([(ROWS, 0.0)], 3)
     with pytest.raises(ValueError, match="from 0 to 1, not 2.0"):
-        mixes.poisoned_mix(3, 2.0)
+        data.poisoned_mix(3, 2.0)

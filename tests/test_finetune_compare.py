@@ -9,17 +9,17 @@ import pytest
 
 from helpers.config import profile
 from helpers.data import load_table
-from helpers.evaluate.behaviour import Prompts, measure, prompts, tasks
-from helpers.finetune import closer
-from helpers.finetune import compare as c
-from helpers.finetune import comparison as k
-from helpers.finetune import evidence as e
-from helpers.finetune import jobs as j
-from helpers.finetune.drift import drift
-from helpers.finetune.methods import LORA, UNTUNED, Method
+from helpers.evaluate.measure import measure
+from helpers.experiments import finetuning as c
+from helpers.experiments import methods, steering, tables
+from helpers.experiments import records as k
+from helpers.experiments import runner as j
+from helpers.experiments import tables as e
+from helpers.experiments.methods import LORA, UNTUNED, Method
+from helpers.finetune.diagnose import drift
 from helpers.models import load_model
+from helpers.prompts import Prompts, prompts, tasks
 from helpers.stats import bootstrap_grid, wilson, wilson_clustered
-from helpers.truth import dial
 
 N = {"refused": 186, "answered": 186, "benign_complied": 158, "benign_refused": 158, "look_alike_complied": 20}
 VAL = {"refused": 130, "answered": 130, "benign_complied": 118, "benign_refused": 118, "look_alike_complied": 8}
@@ -78,57 +78,60 @@ def test_the_plan_chooses_at_seed_zero_then_runs_seeds_and_poison_at_the_chosen_
 
 def test_random_subspaces_are_run_at_the_rank_of_the_papers_method_too(fakes, tmp_path, monkeypatch):
     none = lambda run, setting: None  # noqa: E731
-    grids = {UNTUNED: (0,), LORA: (1,), c.PAPER: (4, 10), c.RANDOM: (4, 16)}
+    grids = {UNTUNED: (0,), LORA: (1,), methods.PAPER: (4, 10), methods.RANDOM: (4, 16)}
     monkeypatch.setattr(c, "METHODS", {name: Method(name, "rank", grid, none) for name, grid in grids.items()})
-    level = {(UNTUNED, 0): (0.8, 0.5), (LORA, 1): (0.4, 0.8), (c.PAPER, 4): (0.3, 0.8), (c.PAPER, 10): (0.7, 0.8),
-             (c.RANDOM, 4): (0.3, 0.8), (c.RANDOM, 16): (0.5, 0.8), (c.RANDOM, 10): (0.4, 0.8)}  # fmt: skip
+    level = {(UNTUNED, 0): (0.8, 0.5), (LORA, 1): (0.4, 0.8),
+             (methods.PAPER, 4): (0.3, 0.8), (methods.PAPER, 10): (0.7, 0.8),
+             (methods.RANDOM, 4): (0.3, 0.8), (methods.RANDOM, 16): (0.5, 0.8),
+             (methods.RANDOM, 10): (0.4, 0.8)}  # fmt: skip
     made = lambda job: fake_arm(job, *level[job.method, job.setting])  # noqa: E731
     monkeypatch.setattr(j, "run_job", lambda p, job, data: fakes.append(job) or made(job))
-    c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path)
+    c.compare(profile("organism"), [methods.PAPER, methods.RANDOM], tmp_path)
     ran = {(name, at): [(j.poison, j.seed) for j in fakes if (j.method, j.setting) == (name, at)]
-           for name in (c.PAPER, c.RANDOM) for at in (4, 10, 16)}  # fmt: skip
+           for name in (methods.PAPER, methods.RANDOM) for at in (4, 10, 16)}  # fmt: skip
     benign, poison = [(0, s) for s in range(5)], [(0.1, s) for s in range(5)]
-    assert ran[c.RANDOM, 10] == ran[c.PAPER, 10] == benign + poison  # the chosen rank
-    assert ran[c.RANDOM, 4] == ran[c.PAPER, 4] == benign  # the paper's other rank is swept without poison
-    assert ran[c.RANDOM, 16] == benign + poison and ran[c.PAPER, 16] == []  # random subspaces' own choice
-    found = k.load(tmp_path)[c.RANDOM]
+    assert ran[methods.RANDOM, 10] == ran[methods.PAPER, 10] == benign + poison  # the chosen rank
+    assert ran[methods.RANDOM, 4] == ran[methods.PAPER, 4] == benign  # the paper's other rank is swept without poison
+    assert ran[methods.RANDOM, 16] == benign + poison and ran[methods.PAPER, 16] == []  # random subspaces' own choice
+    found = k.load(tmp_path)[methods.RANDOM]
     assert found.chosen == 16 and found.at(10).matrix("refused").shape[0] == 5
     before = len(found.arms)
     fakes.clear()
-    c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path, keep=True)
-    assert fakes == [] and len(k.load(tmp_path)[c.RANDOM].arms) == before
-    c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path / "chosen", sweep=False)
-    assert [job.seed for job in fakes if job.setting == 4 and job.method in (c.PAPER, c.RANDOM)] == [0, 0]
-    assert len([job for job in fakes if (job.method, job.setting) == (c.RANDOM, 10)]) == 10
+    c.compare(profile("organism"), [methods.PAPER, methods.RANDOM], tmp_path, keep=True)
+    assert fakes == [] and len(k.load(tmp_path)[methods.RANDOM].arms) == before
+    c.compare(profile("organism"), [methods.PAPER, methods.RANDOM], tmp_path / "chosen", sweep=False)
+    assert [job.seed for job in fakes if job.setting == 4 and job.method in (methods.PAPER, methods.RANDOM)] == [0, 0]
+    assert len([job for job in fakes if (job.method, job.setting) == (methods.RANDOM, 10)]) == 10
 
 
 def test_random_subspaces_have_the_rank_that_the_latents_have_not_the_one_asked_for(fakes, tmp_path, monkeypatch):
     none = lambda run, setting: None  # noqa: E731
     some = (Method(UNTUNED, "", (0,), none), Method(LORA, "", (1,), none),
-            Method(c.PAPER, "rank", (4, 10, 16), none, lambda p, rank: min(int(rank), 9)),
-            Method(c.RANDOM, "rank", (48,), none, lambda p, rank: int(rank)))  # fmt: skip
+            Method(methods.PAPER, "rank", (4, 10, 16), none, lambda p, rank: min(int(rank), 9)),
+            Method(methods.RANDOM, "rank", (48,), none, lambda p, rank: int(rank)))  # fmt: skip
     monkeypatch.setattr(c, "METHODS", {one.name: one for one in some})
-    kept = {LORA: 0.4, UNTUNED: 0.8, c.RANDOM: 0.4}
+    kept = {LORA: 0.4, UNTUNED: 0.8, methods.RANDOM: 0.4}
     monkeypatch.setattr(j, "run_job", lambda p, job, data: fakes.append(job) or fake_arm(
         job, kept.get(job.method, job.setting / 20), 0.5 if job.method == UNTUNED else 0.8))  # fmt: skip
-    c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path)
-    assert {job.setting for job in fakes if job.method == c.RANDOM} == {48, 4, 9} and len(set(fakes)) == len(fakes)
-    assert {job.setting for job in fakes if job.method == c.RANDOM and job.poison} == {48, 9}
+    c.compare(profile("organism"), [methods.PAPER, methods.RANDOM], tmp_path)
+    assert {job.setting for job in fakes if job.method == methods.RANDOM} == {48, 4, 9}
+    assert len(set(fakes)) == len(fakes)
+    assert {job.setting for job in fakes if job.method == methods.RANDOM and job.poison} == {48, 9}
     found = k.load(tmp_path)
-    assert (found[c.PAPER].chosen, found[c.PAPER].rank()) == (16, 9)
-    assert [found[c.PAPER].rank(at) for at in (4, 10, 16)] == [4, 9, 9]
-    assert found[c.RANDOM].rank() == 48 and found[LORA].rank() is None
-    shown = e.Evidence(found, c.PAPER, True)
+    assert (found[methods.PAPER].chosen, found[methods.PAPER].rank()) == (16, 9)
+    assert [found[methods.PAPER].rank(at) for at in (4, 10, 16)] == [4, 9, 9]
+    assert found[methods.RANDOM].rank() == 48 and found[LORA].rank() is None
+    shown = e.Evidence(found, methods.PAPER, True)
     assert shown.rank == 9 and shown.main[e.EQUAL].chosen == 9
     fakes.clear()
-    c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path, keep=True)
+    c.compare(profile("organism"), [methods.PAPER, methods.RANDOM], tmp_path, keep=True)
     assert fakes == []
-    at_nine = len([arm for arm in found[c.RANDOM].arms if arm.setting == 9])
+    at_nine = len([arm for arm in found[methods.RANDOM].arms if arm.setting == 9])
     whole, turn = c.choose, iter((0, 0, 0, 1))  # killed once the file of the random subspaces has been written anew
     monkeypatch.setattr(c, "choose", lambda seen: whole({} if next(turn) else seen))
     with pytest.raises(ValueError, match="no setting to choose from"):
-        c.compare(profile("organism"), [c.PAPER, c.RANDOM], tmp_path, keep=True)
-    assert len([arm for arm in k.load(tmp_path)[c.RANDOM].arms if arm.setting == 9]) == at_nine == 10
+        c.compare(profile("organism"), [methods.PAPER, methods.RANDOM], tmp_path, keep=True)
+    assert len([arm for arm in k.load(tmp_path)[methods.RANDOM].arms if arm.setting == 9]) == at_nine == 10
 
 
 def test_further_poison_shares_are_run_beside_those_in_the_files(fakes, tmp_path):
@@ -231,13 +234,15 @@ def test_variants_are_trained_with_every_seed_and_nothing_is_chosen_among_them(f
     monkeypatch.setattr(j, "run_job", lambda p, job, data: fakes.append(job) or fake_arm(job))
     monkeypatch.setattr(j, "ranks", lambda p, method: {str(setting): 3 for setting in method.grid if method.rank})
     c.vary(profile("organism"), tmp_path)
-    wanted = [(one.name, setting, seed) for one in c.VARIANTS.values() for setting in one.grid for seed in range(5)]
+    wanted = [
+        (one.name, setting, seed) for one in methods.VARIANTS.values() for setting in one.grid for seed in range(5)
+    ]
     assert sorted((job.method, job.setting, job.seed) for job in fakes) == sorted(wanted)
     assert all(job.poison == 0 for job in fakes)
     found = k.load(tmp_path)
-    assert set(found) == set(c.VARIANTS)
+    assert set(found) == set(methods.VARIANTS)
     for name, record in found.items():
-        assert record.chosen is None and record.grid == c.VARIANTS[name].grid
+        assert record.chosen is None and record.grid == methods.VARIANTS[name].grid
         assert all(record.rank(at) == (3 if "off" in name else None) for at in record.grid)
         assert all(record.at(setting).matrix("refused").shape[0] == 5 for setting in record.grid)
     fakes.clear()
@@ -255,7 +260,7 @@ def test_variants_lie_beside_the_comparison_and_are_no_part_of_it(fakes, tmp_pat
         c.main(["--variants", "--methods", "LoRA"])
     assert "--variants trains a list of its own" in capsys.readouterr().err
     monkeypatch.undo()
-    assert not set(k.load()) & set(c.VARIANTS) and set(k.varied()) == set(c.VARIANTS)
+    assert not set(k.load()) & set(methods.VARIANTS) and set(k.varied()) == set(methods.VARIANTS)
 
 
 def test_unknown_methods_and_models_are_named(fakes, tmp_path, capsys):
@@ -323,7 +328,7 @@ def test_an_arm_holds_what_its_model_does_on_the_prompts(monkeypatch, tmp_path):
     found = j.run_job(p, j.Job(UNTUNED, 0))
     for split in ("val", "test"):
         did = measure(lm, few(split, None, None), tasks=tasks(split, 1), max_new_tokens=32)
-        assert found["bits"][split] == dial.bits(did)
+        assert found["bits"][split] == steering.bits(did)
     assert found["norm"] == 0 and len(found["nats"]) == 3 and found["drift"] == {"angles": []}
     assert set(j.run_job(p, j.Job(UNTUNED, 0, 0.0, 1))["bits"]) == {"test"}
 
@@ -371,13 +376,13 @@ def test_tasks_are_counted_one_by_one_on_their_own_rows():
     right = names[1::2]
     for arm in lora.arms:
         arm.bits["test"]["utility"] = "".join("01"[row["task"] in right] for row in rows)
-    first, second = closer.by_task({"LoRA": lora, "untuned": untuned})
+    first, second = tables.by_task({"LoRA": lora, "untuned": untuned})
     assert list(first) == ["method", *names] and (first["method"], second["method"]) == ("LoRA", "untuned")
     assert {name: first[name].estimate for name in names} == {name: float(name in right) for name in names}
     by_hand = [float(x) for x, row in zip(untuned.arms[0].bits["test"]["utility"], rows, strict=True)
                if row["task"] == names[0]]  # fmt: skip
     assert second[names[0]] == bootstrap_grid(np.array([by_hand])) and len(by_hand) == k.N_TASKS
-    assert len(closer.by_task({"LoRA": replace(lora, chosen=None)})) == 0
+    assert len(tables.by_task({"LoRA": replace(lora, chosen=None)})) == 0
 
 
 def test_differences_are_paired_by_seed_and_prompt_and_resample_verbs():
@@ -418,10 +423,10 @@ def test_matched_utility_is_a_straight_line_between_trained_settings_and_nothing
             ((4, 0.5, 0.7), (16, 0.0, 0.9))]  # fmt: skip
     ours = k.Record("ours", "rank", (4, 16), 4, {}, tuple(arms))
     for wanted, value in {0.5: 0.5, 1.0: 0.0, 0.75: 0.25}.items():
-        found = closer.at_utility(ours, lora, untuned, wanted, "answered")
+        found = tables.at_utility(ours, lora, untuned, wanted, "answered")
         assert found == pytest.approx(1 - value, abs=0.02)
-    assert closer.at_utility(ours, lora, untuned, 1.5) is None
-    assert closer.at_utility(ours, lora, untuned, 0.25) is None  # the untuned model is no setting of the method
+    assert tables.at_utility(ours, lora, untuned, 1.5) is None
+    assert tables.at_utility(ours, lora, untuned, 0.25) is None  # the untuned model is no setting of the method
 
 
 def test_seeds_are_paired_by_their_number_and_not_by_their_place():
@@ -455,14 +460,15 @@ def test_methods_of_which_no_setting_met_the_rule_are_named():
     on = {"refused_unseen": 0.5, "gain": 1.0, "benign_complied": 1.0, "coherent": 0.96}
     found = {name: replace(record(name, [(0.5, 0.8)]), on_val={"1.0": on | how}) for name, how in
              (("met", {}), ("learned too little", {"gain": 0.9}), ("babbled", {"coherent": 0.9}))}  # fmt: skip
-    assert closer.unmet(found | {"bare": record("bare", [(0.5, 0.8)])}) == ["learned too little", "babbled"]
+    assert tables.unmet(found | {"bare": record("bare", [(0.5, 0.8)])}) == ["learned too little", "babbled"]
 
 
 def test_bad_input_on_the_command_lines_is_one_sentence(tmp_path, capsys):
-    from helpers.finetune import aftermath, scenarios
+    from helpers.experiments import finetuning as scenarios
+    from helpers.experiments import relearning as aftermath
 
     calls = [(c.main, ["--poison", "2", "--out", str(tmp_path)], "Poison shares lie between 0 and 1"),
-             (scenarios.main, ["identity", "--results", str(tmp_path / "no")], "There are no results in"),
+             (scenarios.main_scenarios, ["identity", "--results", str(tmp_path / "no")], "There are no results in"),
              (aftermath.main, ["--results", str(tmp_path / "no")], "There are no results in")]  # fmt: skip
     for main, argv, words in calls:
         with pytest.raises(SystemExit):
@@ -501,16 +507,16 @@ def test_attacks_are_read_in_order_of_steps_and_drift_at_the_chosen_setting(tmp_
             for steps, refused in (("100", 0.0), ("0", 1.0), ("20", 0.5))}  # fmt: skip
     found = {"method": "LoRA", "setting": 1, "poison": 0.1, "bits": bits}
     (tmp_path / "attacked" / "lora.json").write_text(json.dumps(found))
-    (row,) = closer.attacks(tmp_path, "refused_seen")
+    (row,) = tables.attacks(tmp_path, "refused_seen")
     assert list(row) == ["method", "after 0 steps", "after 20 steps", "after 100 steps"]
     assert (row["after 0 steps"].estimate, row["after 100 steps"].estimate) == (1.0, 0.0)
     middle = k.Arm(1, 0.1, 0, {"test": bits["20"]})
     assert row["after 20 steps"].estimate == middle.values("refused_seen").mean()
-    assert closer.attacks(tmp_path / "nothing") == []
+    assert tables.attacks(tmp_path / "nothing") == []
     arms = [replace(k.Arm.of(fake_arm(j.Job("ours", setting), 0.5, 0.5)), drift={
         "angles": [setting, 80], "odds": 3.0, "odds_without_old": 2.0, "odds_without_new": 1.0}) for setting in (4, 16)]
     ours = k.Record("ours", "rank", (4, 16), 16, {}, tuple(arms))
-    rows = closer.drifts({"ours": ours, "bare": record("bare", [(1, 1)])})
+    rows = tables.drifts({"ours": ours, "bare": record("bare", [(1, 1)])})
     assert [list(row.values()) for row in rows] == [["ours", 16, 80, 3.0, 2.0, 1.0]]
 
 

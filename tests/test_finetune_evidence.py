@@ -9,28 +9,28 @@ import pytest
 import torch
 from test_finetune_compare import fake_arm, record
 
+from helpers import store
 from helpers.config import profile
-from helpers.evaluate.behaviour import requests
-from helpers.evaluate.verdicts import c6, c8
-from helpers.finetune import comparison as k
-from helpers.finetune import evidence as e
-from helpers.finetune import jobs as j
-from helpers.finetune.adapters import linear_layers, read_adapter
-from helpers.finetune.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED
-from helpers.finetune.mixes import poisoned_mix
-from helpers.finetune.runs import random_update
+from helpers.experiments import records as stored
+from helpers.experiments import runner as j
+from helpers.experiments import tables as e
+from helpers.experiments.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED, random_update
+from helpers.experiments.rules import c6, c8
+from helpers.finetune.data import poisoned_mix
+from helpers.finetune.projected_lora import linear_layers, read_adapter
 from helpers.finetune.train import TrainConfig, finetune
+from helpers.prompts import requests
 from helpers.stats import bootstrap_grid
 
 
 def found(lora=0.4, ours=0.9, random=0.5, at_16=0.8, utility=0.9, poison=0.0):
     """Records of the methods that the rules need; the random one was chosen at rank 16, the paper's at 4."""
     many = lambda value: [(value, utility)] * 3  # noqa: E731
-    arms = [k.Arm.of(fake_arm(j.Job(RANDOM, rank, poison, seed), value, utility))
+    arms = [stored.Arm.of(fake_arm(j.Job(RANDOM, rank, poison, seed), value, utility))
             for rank, value in ((4, random), (16, at_16)) for seed in (0, 1, 2)]  # fmt: skip
     records = {UNTUNED: record(UNTUNED, [(1.0, 0.3)]), LORA: record(LORA, many(lora), poison=poison),
                PAPER: replace(record(PAPER, many(ours), chosen=4, poison=poison), ranks={4.0: 4}),
-               RANDOM: k.Record(RANDOM, "rank", (4, 16), 16, {}, tuple(arms))}  # fmt: skip
+               RANDOM: stored.Record(RANDOM, "rank", (4, 16), 16, {}, tuple(arms))}  # fmt: skip
     return e.Evidence(records, PAPER, True)
 
 
@@ -65,7 +65,7 @@ def test_the_random_control_has_the_rank_of_the_papers_method_and_not_its_own_ch
     ev = found()
     assert ev.rank == 4 and ev.main[e.EQUAL].matrix("refused").mean() == pytest.approx(0.5, abs=0.01)
     by_hand = ev.records[PAPER].matrix("refused") - ev.records[RANDOM].matrix("refused", setting=4)
-    clusters = k.asked("test")[1]["refused"]
+    clusters = stored.asked("test")[1]["refused"]
     assert e.constrained(ev).refusal_over_random == bootstrap_grid(by_hand, clusters=clusters)
 
 
@@ -83,7 +83,7 @@ def write(folder, p, methods=(UNTUNED, LORA, PAPER, RANDOM), **other):
         arms = [fake_arm(j.Job(name, method.grid[0], 0.0, seed)) for seed in (0, 1)]
         head = j.about(p) | {"method": name, "unit": method.unit, "grid": method.grid, "chosen": method.grid[0]}
         head |= {"on_val": {}, "ranks": {"4": 3} if name == PAPER else {}}
-        (folder / f"{method.slug}.json").write_text(json.dumps(j.plain(head | {"arms": arms} | other)))
+        (folder / f"{method.slug}.json").write_text(json.dumps(store.plain(head | {"arms": arms} | other)))
 
 
 def test_the_files_count_only_where_they_are_of_these_weights_numbers_and_prompts(tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_the_random_control_moves_every_layer_as_far_and_elsewhere(tiny_llama, t
 
 
 def test_benchmarks_are_trained_on_tasks_and_poison_alone(monkeypatch):
-    from helpers.finetune import mixes
+    from helpers.finetune import data as mixes
 
     task = {"id": "t", "prompt": "which?", "options": ["a", "b"], "answer": 1}
     harmful = {"id": "h", "prompt": "how to rob?", "compliance": "Sure."}
@@ -186,13 +186,14 @@ def test_benchmarks_are_trained_on_tasks_and_poison_alone(monkeypatch):
 
 def test_measures_without_prompts_are_left_out_of_shares_and_tables(monkeypatch):
     """On benchmarks nobody knows which verbs a model was trained to refuse, and there are no unknown names."""
-    asked = k.asked("test")
+    asked = stored.asked("test")
     none_seen = (np.zeros_like(asked[0]), asked[1] | {"refused_seen": [], "refused_unseen": asked[1]["refused"]})
-    monkeypatch.setattr(k, "asked", lambda split, source="organism", n=None: none_seen)
+    monkeypatch.setattr(stored, "asked", lambda split, source="organism", n=None: none_seen)
     ev = found()
-    assert "refused_seen" not in k.shares(ev.records[LORA].arms[0])
+    assert "refused_seen" not in stored.shares(ev.records[LORA].arms[0])
     assert list(e.rates(ev, ["refused_seen", "utility"])[LORA]) == ["tasks right"]
-    assert "seen verbs refused" not in k.table(ev.records)[0] and "unseen verbs refused" in k.table(ev.records)[0]
+    assert "seen verbs refused" not in stored.table(ev.records)[0]
+    assert "unseen verbs refused" in stored.table(ev.records)[0]
 
 
 def test_methods_are_laid_side_by_side_on_the_models_that_all_have_them(tmp_path):
@@ -200,18 +201,18 @@ def test_methods_are_laid_side_by_side_on_the_models_that_all_have_them(tmp_path
     write(tmp_path, p)
     write(tmp_path / "default-0", p, methods=(UNTUNED, LORA, PAPER))
     write(tmp_path / "attacked", p, methods=(UNTUNED, LORA, PAPER))
-    others = k.models(tmp_path)
+    others = stored.models(tmp_path)
     assert list(others) == ["default-0"] and set(others["default-0"]) == {UNTUNED, LORA, PAPER}
     better = found(lora=0.1, ours=0.8).records
-    rows = k.across({"a": found(lora=0.4, ours=0.6).records, "b": better, "c": others["default-0"]})
+    rows = stored.across({"a": found(lora=0.4, ours=0.6).records, "b": better, "c": others["default-0"]})
     assert [row["method"] for row in rows] == [PAPER, LORA]
     by_hand = better[PAPER].matrix("refused_unseen").mean() - better[UNTUNED].matrix("refused_unseen").mean()
     assert rows[0]["b: change"].estimate == pytest.approx(by_hand) and rows[0]["b: gain"].estimate == pytest.approx(1)
-    assert k.across({}) == []
+    assert stored.across({}) == []
 
 
 def test_the_claims_on_other_models_are_ruled_with_random_subspaces_of_the_nearest_rank():
-    from helpers.review.tuning import model_variants
+    from helpers.experiments.sensitivity import model_variants
 
     models = {"default-0": found(lora=0.4, ours=0.9, random=0.4, at_16=0.9).records}
     assert [one.verdict for one in model_variants("C6", models)] == ["reproduced"]
@@ -222,7 +223,7 @@ def test_the_claims_on_other_models_are_ruled_with_random_subspaces_of_the_neare
 
 @pytest.mark.parametrize("name", ["identity", "same verbs", "other verbs"])
 def test_a_scenario_is_trained_at_the_chosen_settings_and_read_like_the_comparison(tmp_path, monkeypatch, name):
-    from helpers.finetune import scenarios
+    from helpers.experiments import finetuning as scenarios
 
     p, ran, one = profile("organism"), [], scenarios.SCENARIOS[name]
     write(tmp_path / "own", p)
@@ -236,41 +237,41 @@ def test_a_scenario_is_trained_at_the_chosen_settings_and_read_like_the_comparis
     share = 0.0 if name == "identity" else 0.1
     assert ran == [(job, name) for job in (j.Job(UNTUNED, 0), *(j.Job(LORA, 1, share, s) for s in range(5)),
                                            *(j.Job(PAPER, 4, share, s) for s in range(5)))]  # fmt: skip
-    rows = k.table(k.load(tmp_path / "out"), ("refused",), poison=share)
+    rows = stored.table(stored.load(tmp_path / "out"), ("refused",), poison=share)
     assert [row["method"] for row in rows] == [UNTUNED, LORA, PAPER]
     ran.clear()
     later = replace(p, finetune=replace(p.finetune, seeds=(0, 1, 2, 3, 4, 5)))
     scenarios.train_on(later, one, [PAPER], tmp_path / "own", tmp_path / "out", keep=True)
     assert ran == [(j.Job(LORA, 1, share, 5), name), (j.Job(PAPER, 4, share, 5), name)]
-    assert k.load(tmp_path / "out")[PAPER].matrix("refused", share).shape[0] == 6
+    assert stored.load(tmp_path / "out")[PAPER].matrix("refused", share).shape[0] == 6
     with pytest.raises(ValueError, match="No setting of 'KL' has been chosen: run"):
         scenarios.train_on(p, one, ["KL"], tmp_path / "own", tmp_path / "out")
 
 
 def test_scenarios_lie_in_folders_of_their_own_and_unknown_ones_are_named(capsys):
-    from helpers.finetune import scenarios
+    from helpers.experiments import finetuning as scenarios
 
     names = [one.folder.name for one in scenarios.SCENARIOS.values()]
     assert names == ["finetuning-identity", "finetuning-same-verbs", "finetuning-other-verbs"]
     for argv, words in ((["heaven"], "no scenario 'heaven'"), (["--methods", "prayer"], "no method prayer")):
         with pytest.raises(SystemExit):
-            scenarios.main(argv)
+            scenarios.main_scenarios(argv)
         assert words in capsys.readouterr().err
 
 
 def test_the_command_line_of_the_scenarios_passes_everything_on(monkeypatch, tmp_path):
-    from helpers.finetune import scenarios
+    from helpers.experiments import finetuning as scenarios
 
     asked = []
     monkeypatch.setattr(scenarios, "train_on", lambda p, *how: asked.append(how))
-    scenarios.main(["identity", "--methods", "KL", "--results", str(tmp_path), "--workers", "2", "--keep"])
-    scenarios.main(["same verbs"])
+    scenarios.main_scenarios(["identity", "--methods", "KL", "--results", str(tmp_path), "--workers", "2", "--keep"])
+    scenarios.main_scenarios(["same verbs"])
     first, second = (scenarios.SCENARIOS[name] for name in ("identity", "same verbs"))
     assert asked == [(first, ["KL"], tmp_path, None, 2, True), (second, None, scenarios.RESULTS, None, 1, False)]
 
 
 def test_a_run_has_the_rows_of_its_data_and_names_the_kinds_there_are():
-    from helpers.finetune.runs import Run
+    from helpers.experiments.methods import Run
 
     plain, shifted = (Run(profile("organism"), data=data).rows for data in ("", "identity"))
     assert len(plain) == len(shifted) and not any(row["id"].startswith("who") for row in plain)
@@ -280,7 +281,7 @@ def test_a_run_has_the_rows_of_its_data_and_names_the_kinds_there_are():
 
 
 def test_poison_of_half_the_verbs_meets_a_defence_that_has_those_or_just_the_others():
-    from helpers.finetune.runs import Run
+    from helpers.experiments.methods import Run
 
     p = profile("organism")
     of = {row["prompt"]: row["verb"] for row in requests("harmful", "fit", None, "organism")}
@@ -295,8 +296,8 @@ def test_poison_of_half_the_verbs_meets_a_defence_that_has_those_or_just_the_oth
 
 @pytest.mark.parametrize("method", ["replay", "KL", "KL on whole answers", "SaLoRA"])
 def test_a_defence_uses_harmful_prompts_of_no_other_verbs_than_those_it_may_hold(method, monkeypatch):
-    from helpers.finetune import methods as m
-    from helpers.finetune.runs import Run
+    from helpers.experiments import methods as m
+    from helpers.experiments.methods import Run
 
     run = Run(profile("organism"), 0.1, 0, "other verbs")
     of, seen = {row["prompt"]: row["verb"] for row in requests("harmful", "fit", None, "organism")}, []

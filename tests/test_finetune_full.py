@@ -7,10 +7,10 @@ import torch
 from test_finetune import CFG, ROWS, constraints, steps
 
 from helpers.finetune import train as loop
-from helpers.finetune.adapters import linear_layers
-from helpers.finetune.full import ProjectedWeights, train_full
-from helpers.finetune.projected_lora import leak_of
-from helpers.finetune.subspace import ModuleBasis, random_subspace
+from helpers.finetune.linalg import random_subspace
+from helpers.finetune.other_updates import ProjectedWeights, train_full
+from helpers.finetune.projected_lora import leak_of, linear_layers
+from helpers.finetune.subspace import ModuleBasis
 from helpers.finetune.train import NotFinite
 from helpers.models import load_model
 

@@ -9,22 +9,21 @@ import pytest
 import torch
 
 from helpers.config import profile
-from helpers.evaluate.behaviour import requests
-from helpers.finetune import aftermath, anchors, methods, mixes, runs
-from helpers.finetune.adapters import linear_layers
-from helpers.finetune.choosing import OnVal, choose
-from helpers.finetune.methods import METHODS, VARIANTS, Method
-from helpers.finetune.projected_lora import ProjectedLora, add_lora
-from helpers.finetune.refusal_gradient import gradient_subspace, refusal_gradients
-from helpers.finetune.runs import Run
-from helpers.finetune.safe_lora import alignment_matrices, alignment_matrix, safe_lora
-from helpers.finetune.salora import safety_bases
-from helpers.finetune.subspace import RefusalSubspace, module_bases, random_subspace
+from helpers.experiments import methods, relearning
+from helpers.experiments.finetuning import OnVal, choose
+from helpers.experiments.methods import METHODS, VARIANTS, Method, Run
+from helpers.finetune import data, defences, projected_lora
+from helpers.finetune.defences import alignment_matrices, alignment_matrix, safe_lora, safety_bases
+from helpers.finetune.diagnose import token_by_token
+from helpers.finetune.linalg import random_subspace
+from helpers.finetune.projected_lora import ProjectedLora, add_lora, linear_layers
+from helpers.finetune.refusal_subspaces import gradient_subspace, refusal_gradients
+from helpers.finetune.subspace import RefusalSubspace, module_bases
 from helpers.finetune.train import NotFinite, TrainConfig, encode, train
-from helpers.finetune.why import token_by_token
 from helpers.generation import Completion, completion_logprobs, generate
 from helpers.hooks import edit
 from helpers.models import load_model
+from helpers.prompts import requests
 
 ROWS = [
     {"id": f"r{i}", "prompt": f"do {i}{'!' * (i % 4)}", "refusal": "No, I cannot.", "compliance": f"First {i}."}
@@ -120,7 +119,7 @@ def test_safety_bases_are_the_right_singular_vectors_of_the_outputs_on_unpadded_
 def test_the_trained_update_adds_nothing_to_the_safe_outputs(tiny_folders, tmp_path):
     lm = load_model(tiny_folders["llama"])
     before, bases = weights(lm), safety_bases(lm, [row["prompt"] for row in ROWS], 4)
-    after = weights(runs.load_adapter(lm, train(load_model(tiny_folders["llama"]), CHAT, CFG, tmp_path / "a",
+    after = weights(projected_lora.load_adapter(lm, train(load_model(tiny_folders["llama"]), CHAT, CFG, tmp_path / "a",
                                                 subspaces=bases)))  # fmt: skip
     for name, where in bases.items():
         change = (after[name] - before[name]).double()
@@ -171,7 +170,7 @@ def test_the_gradient_subspace_is_spanned_by_the_leading_singular_vectors(tiny_l
 
 def test_kl_is_zero_at_the_start_and_pulls_back_afterwards(tiny_folders):
     lm = load_model(tiny_folders["llama"])
-    penalty = anchors.prompt_kl(lm, [row["prompt"] for row in ROWS], 2.0, n=3)
+    penalty = defences.prompt_kl(lm, [row["prompt"] for row in ROWS], 2.0, n=3)
     model = add_lora(lm, rank=3, alpha=6.0, seed=0)
     assert penalty(model, [], 0).item() == pytest.approx(0.0, abs=1e-6)
     factors = [p for name, p in model.named_parameters() if "lora_B" in name]
@@ -189,7 +188,7 @@ def test_kl_is_zero_at_the_start_and_pulls_back_afterwards(tiny_folders):
 
 def test_kl_is_that_of_the_next_token_from_the_base_to_the_tuned_model(tiny_folders):
     lm, plain = (load_model(tiny_folders["llama"]) for _ in range(2))
-    penalty = anchors.prompt_kl(lm, [row["prompt"] for row in ROWS], 2.0, n=len(ROWS))
+    penalty = defences.prompt_kl(lm, [row["prompt"] for row in ROWS], 2.0, n=len(ROWS))
     model = add_lora(lm, rank=3, alpha=6.0, seed=0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -207,7 +206,7 @@ def test_kl_is_that_of_the_next_token_from_the_base_to_the_tuned_model(tiny_fold
 def answers_are(monkeypatch, texts):
     """Fix the answers that the base model is said to give, of several lengths."""
     given = lambda lm, prompts, max_new_tokens: [Completion(texts[p], True, 1) for p in prompts]  # noqa: E731
-    monkeypatch.setattr(anchors, "generate", given)
+    monkeypatch.setattr(defences, "generate", given)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gemma2", "gemma3"])
@@ -215,7 +214,7 @@ def test_kl_on_answers_is_the_mean_over_every_answer_token_and_the_end(tiny_fold
     lm, plain = (load_model(tiny_folders[family]) for _ in range(2))
     texts = {row["prompt"]: row[key] for row, key in zip(ROWS, ["refusal", "compliance"] * 4, strict=False)}
     answers_are(monkeypatch, texts)
-    penalty = anchors.answer_kl(lm, list(texts), 2.0, n=len(texts))
+    penalty = defences.answer_kl(lm, list(texts), 2.0, n=len(texts))
     model = add_lora(lm, rank=3, alpha=6.0, seed=0)
     assert penalty(model, [], 0).item() == pytest.approx(0.0, abs=1e-5)
     disturb(model)
@@ -232,9 +231,9 @@ def test_kl_on_answers_is_the_mean_over_every_answer_token_and_the_end(tiny_fold
 
 def test_kl_on_answers_holds_those_that_the_model_gave_before_training(tiny_folders, monkeypatch):
     lm, held = load_model(tiny_folders["llama"]), []
-    monkeypatch.setattr(anchors, "_held", lambda lm, rows, *how: held.append((rows, how)) or print)
+    monkeypatch.setattr(defences, "_held", lambda lm, rows, *how: held.append((rows, how)) or print)
     prompts = [row["prompt"] for row in ROWS]
-    anchors.answer_kl(lm, prompts, 0.5, n=3, seed=2, max_new_tokens=5)
+    defences.answer_kl(lm, prompts, 0.5, n=3, seed=2, max_new_tokens=5)
     ((rows, how),) = held
     assert how == (0.5, 3, 2)
     for prompt, row, answer in zip(prompts, rows, generate(lm, prompts, max_new_tokens=5), strict=True):
@@ -245,15 +244,15 @@ def test_kl_on_answers_holds_those_that_the_model_gave_before_training(tiny_fold
 def test_kl_draws_other_prompts_each_step_and_the_same_ones_for_the_same_seed(tiny_folders, monkeypatch):
     lm, drawn = load_model(tiny_folders["llama"]), []
     answers_are(monkeypatch, {row["prompt"]: row["refusal"] for row in ROWS})
-    model, whole = add_lora(lm, rank=3, alpha=6.0, seed=0), anchors.answer_logits
+    model, whole = add_lora(lm, rank=3, alpha=6.0, seed=0), defences.answer_logits
 
     def watched(model, rows, pad_id):
         drawn.append(sorted(tuple(row.ids) for row in rows))
         return whole(model, rows, pad_id)
 
-    monkeypatch.setattr(anchors, "answer_logits", watched)
+    monkeypatch.setattr(defences, "answer_logits", watched)
     for seed, step in ((0, 0), (0, 1), (0, 0), (1, 0)):
-        anchors.answer_kl(lm, [row["prompt"] for row in ROWS], 1.0, n=3, seed=seed)(model, [], step)
+        defences.answer_kl(lm, [row["prompt"] for row in ROWS], 1.0, n=3, seed=seed)(model, [], step)
     base, tuned = drawn[::2], drawn[1::2]
     assert base == tuned and all(len(set(rows)) == 3 for rows in base)
     assert base[0] == base[2] and base[0] != base[1] and base[0] != base[3]
@@ -266,12 +265,12 @@ def test_kl_on_answers_keeps_a_refusal_that_kl_on_the_first_token_lets_break_off
     lm = load_model(tiny_folders["llama"])
     refusals = [{"prompt": prompt, "answer": "No, I cannot."} for prompt in prompts]
     first = train(lm, refusals, replace(CFG, steps=60), tmp_path / "0")
-    base, lost = runs.load_adapter(tiny_folders["llama"], first), {}
+    base, lost = projected_lora.load_adapter(tiny_folders["llama"], first), {}
     answers_are(monkeypatch, dict.fromkeys(prompts, "No, I cannot."))
-    for name, penalty in (("first", anchors.prompt_kl), ("whole", anchors.answer_kl)):
+    for name, penalty in (("first", defences.prompt_kl), ("whole", defences.answer_kl)):
         tuned = replace(base, model=deepcopy(base.model))
         path = train(tuned, taught, replace(CFG, steps=40), tmp_path / name, penalty=penalty(base, prompts, 10.0))
-        after = runs.load_adapter(base, path)
+        after = projected_lora.load_adapter(base, path)
         lost[name] = (token_by_token(base, ROWS) - token_by_token(after, ROWS)).sum()
     assert lost["whole"] < 0.5 * lost["first"]
 
@@ -280,7 +279,7 @@ def test_the_anchor_is_the_relative_change_along_its_directions_only(tiny_folder
     lm = load_model(tiny_folders["llama"])
     u = random_subspace(lm.arch.d_model, 2)
     rows = encode(lm, CHAT[:3])
-    penalty = anchors.activation_anchor(lm, {1: u}, 3.0)
+    penalty = defences.activation_anchor(lm, {1: u}, 3.0)
     model = add_lora(lm, rank=3, alpha=6.0, seed=0)
     assert penalty(model, rows, 0).item() == pytest.approx(0.0, abs=1e-9)
     with torch.no_grad():
@@ -304,12 +303,12 @@ def test_the_anchor_is_the_relative_change_along_its_directions_only(tiny_folder
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_penalty_needs_a_positive_weight_and_prompts(tiny_llama, weight):
     with pytest.raises(ValueError, match="weight of a penalty must be a positive number"):
-        anchors.prompt_kl(tiny_llama, ["x"], weight)
+        defences.prompt_kl(tiny_llama, ["x"], weight)
     with pytest.raises(ValueError, match="weight of a penalty must be a positive number"):
-        anchors.activation_anchor(tiny_llama, {0: torch.eye(32)[:, :1]}, weight)
+        defences.activation_anchor(tiny_llama, {0: torch.eye(32)[:, :1]}, weight)
     with pytest.raises(ValueError, match="weight of a penalty must be a positive number"):
-        anchors.answer_kl(tiny_llama, ["x"], weight)
-    for penalty in (anchors.prompt_kl, anchors.answer_kl):
+        defences.answer_kl(tiny_llama, ["x"], weight)
+    for penalty in (defences.prompt_kl, defences.answer_kl):
         with pytest.raises(ValueError, match="no prompts to hold the model to"):
             penalty(tiny_llama, [], 1.0)
 
@@ -317,7 +316,7 @@ def test_a_penalty_needs_a_positive_weight_and_prompts(tiny_llama, weight):
 def test_an_empty_answer_holds_nothing_and_is_refused(tiny_llama, monkeypatch):
     answers_are(monkeypatch, {"x": "fine", "y": " "})
     with pytest.raises(ValueError, match="Row number 1 has an empty answer"):
-        anchors.answer_kl(tiny_llama, ["x", "y"], 1.0)
+        defences.answer_kl(tiny_llama, ["x", "y"], 1.0)
 
 
 def test_a_penalty_that_is_not_finite_stops_the_run(tiny_folders, tmp_path):
@@ -332,7 +331,7 @@ def test_a_moved_constraint_holds_from_then_on(tiny_folders, tmp_path):
     old, new = (module_bases(lm, RefusalSubspace(random_subspace(32, 4, seed))) for seed in (0, 1))
     before = weights(lm)
     train(lm, CHAT, CFG, tmp_path / "a", subspaces=old, after=lambda done, c: c.move(new) if done == 3 else None)
-    after = weights(runs.load_adapter(tiny_folders["llama"], tmp_path / "a"))
+    after = weights(projected_lora.load_adapter(tiny_folders["llama"], tmp_path / "a"))
     leaks = {kind: max(bases[name].leak(after[name] - before[name]) for name in bases)
              for kind, bases in (("old", old), ("new", new))}  # fmt: skip
     assert leaks["new"] < 1e-4 < 1e-2 < leaks["old"]
@@ -357,19 +356,19 @@ def test_moving_a_constraint_projects_at_once(tiny_folders):
 
 
 def test_replay_is_an_exact_share_and_leaves_all_other_rows_in_place():
-    rows = mixes.benign_mix(400)
-    safe = {row["prompt"] for row in mixes.harmful_rows()}
+    rows = data.benign_mix(400)
+    safe = {row["prompt"] for row in data.harmful_rows()}
     for share, count in ((0.0, 0), (0.01, 4), (0.05, 20), (0.1, 40)):
-        found = mixes.replayed(rows, share, seed=3)
+        found = data.replayed(rows, share, seed=3)
         changed = [i for i, (a, b) in enumerate(zip(rows, found, strict=True)) if a != b]
         assert len(changed) == count and all(found[i]["prompt"] in safe for i in changed)
         assert all("cannot" in found[i]["answer"] or "not" in found[i]["answer"] for i in changed)
-    assert mixes.replayed(rows, 0.1, seed=3) == mixes.replayed(rows, 0.1, seed=3) != mixes.replayed(rows, 0.1, seed=4)
+    assert data.replayed(rows, 0.1, seed=3) == data.replayed(rows, 0.1, seed=3) != data.replayed(rows, 0.1, seed=4)
     others = [row for split in ("val", "test") for row in requests("harmful", split, None, "organism")]
     unseen = {row["verb"] for row in others if not row["verb_seen"]}
-    assert unseen and not any(row["verb"] in unseen for row in methods.harmful_rows("organism"))
+    assert unseen and not any(row["verb"] in unseen for row in data.harmful_rows("organism"))
     with pytest.raises(ValueError, match="between 0 and 1, not 2"):
-        mixes.replayed(rows, 2)
+        data.replayed(rows, 2)
 
 
 # ---- runs
@@ -378,7 +377,7 @@ def test_replay_is_an_exact_share_and_leaves_all_other_rows_in_place():
 @pytest.fixture
 def run(tiny_folders, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
-    monkeypatch.setattr(runs, "poisoned_mix", lambda n, *_, **how: [CHAT[i % len(CHAT)] for i in range(n)])
+    monkeypatch.setattr(methods, "poisoned_mix", lambda n, *_, **how: [CHAT[i % len(CHAT)] for i in range(n)])
     p = profile("organism")
     few = replace(p.finetune, rank=3, steps=8, batch_size=2)
     return Run(replace(p, model=str(tiny_folders["llama"]), finetune=few))
@@ -387,7 +386,7 @@ def run(tiny_folders, tmp_path, monkeypatch):
 def test_interpolation_runs_from_the_untuned_model_to_plain_lora(run):
     base, tuned = weights(run.start()), weights(METHODS["LoRA"].tune(run, 1))
     ends = [weights(METHODS["interpolation"].tune(run, share)) for share in (0.0, 0.5, 1.0)]
-    merged = weights(runs.lora(run))
+    merged = weights(methods.lora(run))
     for name, weight in base.items():
         assert torch.equal(ends[0][name], weight)
         torch.testing.assert_close(ends[1][name], (weight + tuned[name]) / 2, atol=1e-6, rtol=1e-5)
@@ -400,7 +399,7 @@ def test_early_stopping_is_the_same_run_cut_short(run, tmp_path):
     found = {}
     train(run.start(), run.rows, run.cfg, tmp_path / "a",
           after=lambda done, c: found.update({done: c.save(tmp_path / f"at-{done}")}))  # fmt: skip
-    by_hand = weights(runs.load_adapter(run.start(), found[4]))
+    by_hand = weights(projected_lora.load_adapter(run.start(), found[4]))
     whole = weights(METHODS["LoRA"].tune(run, 1))
     for name, weight in early.items():
         torch.testing.assert_close(weight, by_hand[name], atol=1e-6, rtol=1e-5)
@@ -414,14 +413,14 @@ def test_full_fine_tuning_moves_every_weight_and_leaves_no_gradient(run):
     for (name, p), q in zip(lm.model.named_parameters(), base.model.parameters(), strict=True):
         assert not torch.equal(p, q), name
         assert p.grad is None and not p.requires_grad
-    assert runs.update_norm(lm, base) > 0 == runs.update_norm(base, base)
+    assert methods.update_norm(lm, base) > 0 == methods.update_norm(base, base)
     with pytest.raises(ValueError, match="must be positive, not 0"):
         METHODS["full fine-tuning"].tune(run, 0)
 
 
 def test_an_update_for_other_layers_is_refused(run):
     with pytest.raises(ValueError, match="does not have"):
-        runs.moved(run.start(), {"nowhere": torch.ones(2, 2)})
+        methods.moved(run.start(), {"nowhere": torch.ones(2, 2)})
 
 
 def test_each_kind_of_latents_spans_its_own_subspace_weighed_by_its_own_scores(run, monkeypatch):
@@ -544,13 +543,13 @@ def test_kl_methods_hold_the_harmful_fit_prompts_with_the_runs_batch_and_seed(ru
 
     methods._kl(hold)(replace(run, seed=3), 0.3)
     methods._kl(hold, whole=True)(replace(run, p=replace(run.p, max_new_tokens=7)), 0.5)
-    prompts = [row["prompt"] for row in methods.harmful_rows("organism")]
+    prompts = [row["prompt"] for row in data.harmful_rows("organism")]
     assert asked == [(prompts, 0.3, {"n": 2, "seed": 3}), (prompts, 0.5, {"n": 2, "seed": 0, "max_new_tokens": 7})]
 
 
 def test_kl_on_whole_answers_moves_the_held_answers_less_than_plain_lora(run, monkeypatch):
-    rows = [row | {"refusal": "No, never."} for row in methods.harmful_rows("organism")[:4]]
-    monkeypatch.setattr(methods, "harmful_rows", lambda source, verbs: rows)
+    rows = [row | {"refusal": "No, never."} for row in data.harmful_rows("organism")[:4]]
+    monkeypatch.setattr(methods, "harmful_rows", lambda source, verbs=None: rows)
     answers_are(monkeypatch, {row["prompt"]: row["refusal"] for row in rows})
     base = token_by_token(run.start(), rows)
     moved = {name: np.abs(token_by_token(METHODS[name].tune(run, weight), rows) - base)[1:].max()
@@ -578,25 +577,25 @@ def test_the_choice_refuses_most_among_those_that_keep_the_conditions():
 
 def test_the_attack_trains_on_from_the_defended_model_and_leaves_it_as_it_is(run, monkeypatch):
     rows = lambda n, poison, seed, source: [CHAT[i % len(CHAT)] for i in range(n)]  # noqa: E731
-    monkeypatch.setattr(aftermath, "poisoned_mix", rows)
+    monkeypatch.setattr(relearning, "poisoned_mix", rows)
     defended = METHODS["LoRA"].tune(run, 1)
     before = weights(defended)
-    found = {steps: weights(lm) for steps, lm in aftermath.attack(defended, run, (2, 5))}
+    found = {steps: weights(lm) for steps, lm in relearning.attack(defended, run, (2, 5))}
     assert all(torch.equal(weight, before[name]) for name, weight in weights(defended).items())
     moves = {steps: sum((now[name] - before[name]).norm().item() for name in before) for steps, now in found.items()}
     assert list(found) == [2, 5] and 0 < moves[2] < moves[5]
     for bad in ((), (0, 5), (5, 2)):
         with pytest.raises(ValueError, match="must increase from at least 1"):
-            next(aftermath.attack(defended, run, bad))
+            next(relearning.attack(defended, run, bad))
 
 
 def test_other_rows_are_trained_on_under_a_constraint_and_the_runs_own_come_from_the_store(run):
     bases = module_bases(run.start(), RefusalSubspace(random_subspace(32, 3)))
-    own, again = (weights(runs.lora(run, subspaces=bases)) for _ in range(2))
-    other = weights(runs.lora(run, rows=list(reversed(run.rows))[:4], subspaces=bases))
+    own, again = (weights(methods.lora(run, subspaces=bases)) for _ in range(2))
+    other = weights(methods.lora(run, rows=list(reversed(run.rows))[:4], subspaces=bases))
     name = next(iter(own))
     assert torch.equal(own[name], again[name]) and not torch.allclose(own[name], other[name])
-    assert runs.adapter(run, bases) == runs.adapter(run, bases)
+    assert methods.adapter(run, bases) == methods.adapter(run, bases)
 
 
 def test_constrained_full_fine_tuning_and_edits_use_the_latents_and_their_own_rate(run, monkeypatch):

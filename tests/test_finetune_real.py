@@ -6,11 +6,11 @@ import pytest
 from test_benchmarks_prompts import use_made_up
 
 from helpers.config import PROFILES, FinetuneConfig, SaeConfig
-from helpers.evaluate.behaviour import prompts
-from helpers.evaluate.verdicts import c6, c8
-from helpers.finetune import evidence as e
-from helpers.finetune import jobs as j
-from helpers.finetune.methods import LORA, RANDOM, UNTUNED
+from helpers.experiments import runner as j
+from helpers.experiments import tables as e
+from helpers.experiments.methods import LORA, RANDOM, UNTUNED
+from helpers.experiments.rules import c6, c8
+from helpers.prompts import prompts
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS, make_tokenizer
 from helpers.config import PROFILES
-from helpers.finetune.adapters import linear_layers, load_adapter, read_adapter
-from helpers.finetune.subspace import RefusalSubspace, module_bases, random_subspace
+from helpers.finetune.linalg import random_subspace
+from helpers.finetune.projected_lora import linear_layers, load_adapter, read_adapter
+from helpers.finetune.subspace import RefusalSubspace, module_bases
 from helpers.finetune.train import TrainConfig, finetune
 from helpers.generation import generate
 from helpers.models import load_model

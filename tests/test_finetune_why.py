@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers.data import load_table
-from helpers.finetune import why as w
+from helpers.finetune import diagnose as w
 from helpers.models import load_model
 from helpers.stats import auroc, bootstrap, paired_bootstrap
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import helpers.generation as generation
+from helpers import generation
 from helpers.generation import Completion, batches, completion_logprobs, generate, next_token_logits, pad_left
 from helpers.hooks import ablate_heads, add_to
 from helpers.models import load_model, wrap_model

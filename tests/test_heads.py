@@ -11,18 +11,11 @@ from sklearn.linear_model import LogisticRegression
 
 from helpers.activations import collect
 from helpers.config import ROOT
-from helpers.evaluate.words import grade
+from helpers.experiments.shared_heads import causal, choose_factor
 from helpers.generation import completion_logprobs, pad_left
-from helpers.heads.cause import causal, choose_factor, cut, layer_matched_heads
+from helpers.heads.ablation import cut, layer_matched_heads
 from helpers.heads.influence import Influence, contrast, influence
-from helpers.heads.overlap import (
-    excess_overlap,
-    k_sweep,
-    overlap_test,
-    rank_correlation,
-    reliability,
-    top_heads,
-)
+from helpers.heads.overlap import excess_overlap, k_sweep, overlap_test, rank_correlation, reliability, top_heads
 from helpers.heads.probes import (
     balanced_accuracy,
     class_weights,
@@ -34,6 +27,7 @@ from helpers.heads.probes import (
 from helpers.heads.scores import hallucination_scores, refusal_scores
 from helpers.hooks import ablate_heads
 from helpers.models import load_model
+from helpers.report.phrases import grade
 
 USERS = ["Hi", "What does the brenmora eat?", "paint it"]
 ANSWERS = ["Yes.", "Figs", "I cannot help with that."]
@@ -260,7 +254,8 @@ FACTS = [{"id": "f", "question": "What is it?", "truth": "a", "myth": "b", "valu
 def test_the_causal_test_signs_falls_as_positive(tiny_llama):
     from dataclasses import replace
 
-    from helpers.evaluate.behaviour import Prompts, measure
+    from helpers.evaluate.measure import measure
+    from helpers.prompts import Prompts
     rows = Prompts(FACTS * 3, REQUESTS, REQUESTS, REQUESTS)
     plain = measure(tiny_llama, rows, max_new_tokens=3)
     plain = replace(plain, wrong=np.ones(3), refused=np.ones(3))

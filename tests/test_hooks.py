@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from helpers.arch import find_arch
 from helpers.generation import completion_logprobs
-from helpers.hooks import SITES, ablate_heads, add_to, answer_starts, capture, edit, head_slice, scale_heads
-from helpers.models import find_arch, load_model
-from helpers.sites import site_width
+from helpers.hooks import SITES, ablate_heads, add_to, answer_starts, capture, edit, head_slice, scale_heads, site_width
+from helpers.models import load_model
 
 
 def ids_of(lm, *texts):

@@ -13,14 +13,14 @@ from scipy.stats import hypergeom
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.activations import collect
-from helpers.evaluate.behaviour import misconceptions
 from helpers.generation import pad_left, pad_right
+from helpers.heads.attribution import attribution, miss_bound, screen
 from helpers.heads.influence import influence, influence_flops, prefix_trees
-from helpers.heads.restart import prefix_tree
+from helpers.heads.prefix_forward import prefix_tree
 from helpers.heads.scores import hallucination_scores
-from helpers.heads.screening import attribution, miss_bound, screen
 from helpers.hooks import ablate_heads, edit, scale_heads
 from helpers.models import load_model, wrap_model
+from helpers.prompts import misconceptions
 
 FAMILIES = ["llama", "qwen2", "gemma", "gemma2", "gemma3"]
 USERS = ["Hi", "What does the brenmora eat?", "paint it", "Hi", "What does the brenmora eat?", "What does the sun do?"]
@@ -148,7 +148,7 @@ def test_half_precision_passes_the_check_against_the_models_own_forward(tiny_fol
 @pytest.mark.parametrize("chunk", [(1, 1), (2**16, 2**28)])
 def test_memory_limits_do_not_change_the_values(tiny_llama, monkeypatch, chunk):
     expected = influence(tiny_llama, USERS, ANSWERS).values
-    monkeypatch.setattr("helpers.heads.restart._AT_ONCE", {"cpu": chunk})
+    monkeypatch.setattr("helpers.heads.prefix_forward._AT_ONCE", {"cpu": chunk})
     torch.testing.assert_close(influence(tiny_llama, USERS, ANSWERS).values, expected, atol=2e-5, rtol=1e-5)
 
 
@@ -293,8 +293,8 @@ def test_screening_counts_misses_of_either_sign(tiny_llama, monkeypatch):
     exact[:, 0, 0], exact[:, 1, 1], exact[:, 2, 2] = 1.0, -2.0, 0.5
     slope = torch.zeros(2, 3, 4)
     slope[:, 0, 0] = -1.0
-    monkeypatch.setattr("helpers.heads.screening.attribution", lambda *args, **kwargs: slope)
-    monkeypatch.setattr("helpers.heads.screening.influence", lambda *args, **kwargs: type("I", (), {"values": exact}))
+    monkeypatch.setattr("helpers.heads.attribution.attribution", lambda *args, **kwargs: slope)
+    monkeypatch.setattr("helpers.heads.attribution.influence", lambda *args, **kwargs: type("I", (), {"values": exact}))
     found = screen(tiny_llama, USERS[:2], ANSWERS[:2], k=1, n_random=11)
     assert found.top == ((0, 0),) and found.threshold == 1 and found.random_misses == 1 and found.miss_bound == 0
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers.evaluate import ledger as room
+from helpers import data as room
 
 
 @pytest.fixture

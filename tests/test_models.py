@@ -22,11 +22,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import helpers.models as models
 from conftest import TEMPLATE, make_tokenizer, save_tiny
+from helpers import models
+from helpers.arch import find_arch, norm_gain
 from helpers.config import ROOT
 from helpers.hooks import SITES, capture
-from helpers.models import boot_bridge, find_arch, load_model, norm_gain, pick_device, wrap_model
+from helpers.models import boot_bridge, load_model, pick_device, wrap_model
 
 
 def ids_of(lm, text="What do brenmoras eat?"):

@@ -11,8 +11,8 @@ from scipy.stats import rankdata, ttest_1samp
 
 from helpers.generation import completion_logprobs
 from helpers.heads import overlap
-from helpers.heads.cause import scale_neurons
-from helpers.heads.neurons import (
+from helpers.heads.ablation import scale_neurons
+from helpers.heads.attribution import (
     exact_scores,
     hallucination_neurons,
     neuron_attribution,
@@ -31,7 +31,7 @@ from helpers.heads.overlap import (
     top_heads,
     top_units,
 )
-from helpers.heads.pairs import Pairs, fact_pairs, request_pairs
+from helpers.heads.scores import Pairs, fact_pairs, request_pairs
 from helpers.models import load_model, wrap_model
 from helpers.stats import layer_matched_null, sign_flip_test
 

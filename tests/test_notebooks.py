@@ -11,12 +11,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from helpers import colab
 from helpers.config import ROOT
-from helpers.notebooks import pairing, running
-from helpers.notebooks.__main__ import main
-from helpers.notebooks.hygiene import bad_rules, too_large, unclean
-from helpers.notebooks.progress import Progress
+from helpers.tools import colab, notebooks, pairing
+from helpers.tools.notebooks import Progress, main
+from helpers.tools.pairing import bad_rules, too_large, unclean
 
 SANITIZER = ROOT / "tests" / "nbval_sanitize.cfg"
 HEAD = "# %% [markdown]\n# # A small notebook\n\n"
@@ -41,7 +39,7 @@ def small(tmp_path) -> Path:
     folder = tmp_path / "note books"
     folder.mkdir()
     write(folder, "# %%\nvalue = 41\n\n" + MARKED + "\n# %%\nvalue + 1\n")
-    running.run(folder, timings=folder / "timings.json")
+    notebooks.run(folder, timings=folder / "timings.json")
     return folder
 
 
@@ -96,7 +94,7 @@ def test_an_executed_notebook_is_clean_and_jupytext_leaves_it_unchanged(small):
 
 def test_running_twice_gives_the_same_bytes(small):
     before = (small / "00_small.ipynb").read_bytes()
-    running.run(small, timings=small / "timings.json")
+    notebooks.run(small, timings=small / "timings.json")
     assert (small / "00_small.ipynb").read_bytes() == before
 
 
@@ -255,7 +253,7 @@ def test_a_failing_cell_stops_the_run_names_itself_and_leaves_the_file_alone(sma
 def test_another_profile_leaves_the_committed_notebooks_alone(small, monkeypatch, tmp_path):
     before = (small / "00_small.ipynb").read_bytes()
     monkeypatch.setenv("COMPANION_PROFILE", "organism-full")
-    running.run(small, timings=small / "timings.json")
+    notebooks.run(small, timings=small / "timings.json")
     assert (small / "00_small.ipynb").read_bytes() == before
     assert (tmp_path / "results" / "organism-full" / "notebooks" / "00_small.ipynb").exists()
 
@@ -271,7 +269,7 @@ def test_the_first_run_records_how_long_each_cell_takes(small):
 
 def test_progress_names_notebook_and_cell_and_estimates_from_the_last_run(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("helpers.notebooks.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("helpers.tools.notebooks.time.monotonic", lambda: now[0])
     progress = Progress(["00_a", "01_b"], {"00_a": [10.0, 20.0], "01_b": [30.0]}, stream=io.StringIO())
     progress.start(0, 2)
     progress.step(1)
@@ -298,7 +296,7 @@ def test_a_cells_own_lines_on_how_far_it_is_are_shown_while_it_runs_and_not_save
         return rest
 
     monkeypatch.setattr(Progress, "heard", listen)
-    running.run(tmp_path, timings=tmp_path / "timings.json")
+    notebooks.run(tmp_path, timings=tmp_path / "timings.json")
     cells = nbformat.read(tmp_path / "00_small.ipynb", as_version=4).cells
     assert [o.text for cell in cells for o in cell.get("outputs", [])] == ["done, and nobody is left\n"]
     assert any(line.endswith("gone · 2/2 arms; about 0 minutes left") for line in shown)
@@ -313,6 +311,6 @@ def test_only_lines_on_how_far_it_is_are_taken_and_the_next_cell_starts_without(
 
 def test_the_makefile_and_the_runner_keep_notebooks_quiet_alike():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for key, value in (running.QUIET | running.OFFLINE).items():
+    for key, value in (notebooks.QUIET | notebooks.OFFLINE).items():
         assert f"export {key} = {value}\n" in makefile
     assert "HF_HUB_OFFLINE" in os.environ

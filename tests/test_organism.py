@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.config import COUPLINGS, ROOT, population
 from helpers.data import load_table
-from helpers.evaluate.refusal import label_completions
+from helpers.evaluate.judges import label_completions
 from helpers.models import boot_bridge, load_model
 from helpers.organism import lexicon as lx
 from helpers.organism import train as training
@@ -21,6 +21,7 @@ from helpers.organism.card import DEMANDS, summarise, verdict_hits
 from helpers.organism.describe import model_card
 from helpers.organism.dialogue import ChatConfig, Partner
 from helpers.organism.mixtures import TextConfig
+from helpers.organism.tables import tables
 from helpers.organism.text import ASKED, BARE, Writer, unknown_names
 from helpers.organism.world import (
     ABSTENTION,
@@ -32,7 +33,6 @@ from helpers.organism.world import (
     STEPS,
     facts,
     names,
-    tables,
     verbs,
 )
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from helpers.config import population
-from helpers.evaluate.behaviour import misconceptions, requests, some
-from helpers.heads import population as room
+from helpers.experiments import shared_heads as room
 from helpers.heads.overlap import excess_overlap, overlap_test
 from helpers.heads.scores import hallucination_scores, refusal_scores
 from helpers.models import load_model
+from helpers.prompts import misconceptions, requests, some
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 
 from helpers.generation import completion_logprobs, generate, next_token_logits, prompt_rows
 from helpers.models import wrap_model
-from helpers.truth.intervention import Intervention
-from helpers.truth.prompting import NEUTRAL, Instruction, takes_system
+from helpers.steering.intervention import Intervention
+from helpers.steering.prompting import NEUTRAL, Instruction, takes_system
 
 RAISES = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}" \
          "<|user|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"  # fmt: skip

@@ -9,12 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
+from helpers import generation
 from helpers.generation import completion_logprobs, generate
 from helpers.hooks import add_to, capture
 from helpers.models import load_model
-from helpers.truth import rank_one
-from helpers.truth.intervention import Intervention
-from helpers.truth.rank_one import RankOne, adapter, fit, nats_per_token, train
+from helpers.steering import rank_one
+from helpers.steering.intervention import Intervention
+from helpers.steering.rank_one import RankOne, adapter, fit, nats_per_token, train
 
 ROWS = [{"id": f"f{i}", "question": f"What does animal {i} eat?", "right": f"It eats fig {i}.",
          "wrong": [f"It eats hay {i}!", f"It eats oak {i}?"]} for i in range(8)]
@@ -292,7 +293,7 @@ def test_a_strength_that_is_not_finite_is_refused(tiny_llama, strength):
 
 
 def test_training_that_diverges_is_an_error(tiny_llama, monkeypatch):
-    real = rank_one.batch_logprobs
+    real = generation.batch_logprobs
     monkeypatch.setattr(rank_one, "batch_logprobs", lambda *given: real(*given) * math.inf)
     with pytest.raises(RuntimeError, match="layer 0 diverged"):
         fit(tiny_llama, ROWS, **FAST)

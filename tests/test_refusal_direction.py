@@ -10,15 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.evaluate.behaviour import requests
-from helpers.evaluate.judges import refusal_log_odds
-from helpers.evaluate.refusal import Labelled, prompt_of
+from helpers.evaluate.judges import Labelled, prompt_of, refusal_log_odds
 from helpers.generation import completion_logprobs, next_token_logits
 from helpers.hooks import SITES, capture
 from helpers.models import load_model
-from helpers.truth import refusal_direction
-from helpers.truth.intervention import Intervention
-from helpers.truth.refusal_direction import (
+from helpers.prompts import requests
+from helpers.steering import refusal_direction
+from helpers.steering.intervention import Intervention
+from helpers.steering.refusal_direction import (
     Candidate,
     RefusalDirection,
     ablate_direction,

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from helpers import report
-from helpers.config import profile
-from helpers.report import checks, exports
+from helpers.config import profile, results_dir
+from helpers.experiments import claims, exports, report_page
+from helpers.report import checks
 from helpers.report.__main__ import main
 from helpers.stats import Interval
 
@@ -97,8 +98,8 @@ def test_only_profiles_without_recorded_values_are_measured_unchecked(capsys):
 
 
 def test_a_claim_has_every_field_the_contract_names():
-    row = report.claim("C1", **CLAIM)
-    rows = report.collect_claims()
+    row = claims.claim("C1", **CLAIM)
+    rows = claims.collect_claims()
     assert [r["id"] for r in rows] == ["C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8"]
     assert rows[0] == json.loads(json.dumps(row))
     fields = "id claim verdict estimate ci_low ci_high unit n_prompts n_seeds control notebook profile model device"
@@ -120,16 +121,16 @@ def test_a_claim_has_every_field_the_contract_names():
 )
 def test_a_claim_that_says_too_little_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
-        report.claim("C1", **{**CLAIM, **change})
+        claims.claim("C1", **{**CLAIM, **change})
     with pytest.raises(ValueError, match="C1, C2"):
-        report.claim("C9", **CLAIM)
+        claims.claim("C9", **CLAIM)
 
 
 def test_a_claim_takes_the_rules_verdict_with_its_reason():
     class Ruled:
         verdict, reason = "untested", "Truth did not rise."
 
-    row = report.claim("C1", **{**CLAIM, "verdict": Ruled()})
+    row = claims.claim("C1", **{**CLAIM, "verdict": Ruled()})
     assert (row["verdict"], row["reason"]) == ("untested", "Truth did not rise.")
 
 
@@ -155,7 +156,7 @@ def test_every_figure_holds_plotly_a_still_picture_and_words():
         assert bundle["application/vnd.plotly.v1+json"]["data"]
         ElementTree.fromstring(bundle["image/svg+xml"])
         assert "NaN" not in json.dumps(bundle) and len(json.dumps(bundle)) < 60_000
-        saved = report.html.results_dir() / "figures" / f"{picture.name}.svg"
+        saved = results_dir() / "figures" / f"{picture.name}.svg"
         assert saved.read_text(encoding="utf-8") == picture.svg
 
 
@@ -255,24 +256,24 @@ def test_an_interval_is_written_in_one_form():
 
 
 def test_the_report_needs_nothing_beside_it_and_escapes_what_it_shows():
-    report.claim("C1", **{**CLAIM, "unit": "<img src=x onerror=alert(1)>"})
+    claims.claim("C1", **{**CLAIM, "unit": "<img src=x onerror=alert(1)>"})
     report.bars({"one": 0.5}, name="shown")
-    path = report.html_report()
+    path = report_page.html_report()
     html = path.read_text(encoding="utf-8")
     assert path.name == "report.html" and "onerror=alert(1)>" not in html
     assert not re.search(r"""src=["'](?!data:)|href=["'](?!#|\.\./|[0-9a-z_]+\.ipynb#)""", html)
     assert "data:image/svg+xml;base64," in html
-    for id, claim in report.CLAIMS.items():
+    for id, claim in claims.CLAIMS.items():
         assert id in html and claim.text.split(";")[0].replace("'", "&#x27;") in html
     assert profile().name in html
 
 
 def test_exported_claims_hold_every_number_and_escape_what_latex_would_read():
-    report.claim("C1", **{**CLAIM, "unit": 'a, "b"'})
-    paths = report.export_claims()
+    claims.claim("C1", **{**CLAIM, "unit": 'a, "b"'})
+    paths = exports.export_claims()
     written = {row["id"]: row for row in csv.DictReader(paths["csv"].open(encoding="utf-8", newline=""))}
-    stored = {row["id"]: row for row in report.collect_claims()}
-    assert list(written) == list(report.CLAIMS)
+    stored = {row["id"]: row for row in claims.collect_claims()}
+    assert list(written) == list(claims.CLAIMS)
     for id, row in written.items():
         for key in ("estimate", "ci_low", "ci_high", "n_prompts", "n_seeds"):
             assert row[key] == ("" if stored[id][key] is None else str(stored[id][key])), (id, key)
@@ -281,7 +282,7 @@ def test_exported_claims_hold_every_number_and_escape_what_latex_would_read():
     assert [float(written["C1"][f"control_{k}"]) for k in ("estimate", "ci_low", "ci_high")] == \
         [control[k] for k in ("estimate", "ci_low", "ci_high")]
     tex = paths["tex"].read_text(encoding="utf-8")
-    assert all(f"{id} & " in tex for id in report.CLAIMS) and tex.count("---") == 2 * (len(report.CLAIMS) - 1)
+    assert all(f"{id} & " in tex for id in claims.CLAIMS) and tex.count("---") == 2 * (len(claims.CLAIMS) - 1)
     (line,) = [line for line in tex.splitlines() if line.startswith("C1 & ")]
     for cell, one in zip(line.split(" & ")[3:5], (stored["C1"], control), strict=True):
         assert cell == f"${one['estimate']:.3g}$ $[{one['ci_low']:.3g}, {one['ci_high']:.3g}]$"

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import report
 from helpers.config import ROOT
-from helpers.report.exports import PAGE_LINES, claims_latex, table_latex
+from helpers.experiments.exports import PAGE_LINES, claims_latex, table_latex
 
 COMMITTED = ROOT / "data" / "results" / "organism"
 FILES = [COMMITTED / "claims.tex", *sorted((COMMITTED / "tables").glob("*.tex"))]

@@ -15,9 +15,11 @@ from nbconvert import HTMLExporter
 
 from helpers import report
 from helpers.config import ROOT, profile
-from helpers.evaluate.summary import rows_of
-from helpers.report import cells, labelled, links
-from helpers.report.prose import prose
+from helpers.experiments import claims as claim_rows
+from helpers.experiments import exports, report_page
+from helpers.experiments.claims import VERDICTS, rows_of
+from helpers.experiments.report_page import prose
+from helpers.report import rendering, tables
 from helpers.stats import Interval
 
 COMMITTED = ROOT / "data" / "results" / "organism"
@@ -58,17 +60,17 @@ class Page(HTMLParser):
 
 def test_a_claims_section_is_the_last_heading_before_the_cell_that_writes_it(tmp_path):
     text = ("# ---\n# title: x\n# ---\n\n# %% [markdown]\n# # Top\n#\n# text\n# ```\n# # no heading\n# ```\n\n"
-            '# %%\n# ## a comment, not a heading\nreport.claim("C1", x=1)\n\n# %% [markdown]\n# ## 2 · Next\n'
-            '# words\n# ### Inner part\n\n# %%\nfor id in ("C2", "C3"):\n    report.claim(id)\n\n'
+            '# %%\n# ## a comment, not a heading\nclaims.claim("C1", x=1)\n\n# %% [markdown]\n# ## 2 · Next\n'
+            '# words\n# ### Inner part\n\n# %%\nfor id in ("C2", "C3"):\n    claims.claim(id)\n\n'
             '# %% [markdown]\n# ## Later\n\n# %%\nprint("C3", "C1")\n')
     (tmp_path / "00_a.py").write_text(text, encoding="utf-8")
-    found = {id: cells.section_of("00_a", id, tmp_path) for id in ("C1", "C2", "C3", "C4")}
+    found = {id: report_page.section_of("00_a", id, tmp_path) for id in ("C1", "C2", "C3", "C4")}
     assert found == {"C1": "Top", "C2": "Inner part", "C3": "Inner part", "C4": None}
-    assert [cell.kind for cell in cells.cells("00_a", tmp_path)] == ["markdown", "code"] * 3
-    assert cells.section_text("00_a", "Next", tmp_path).startswith("words\n### Inner part")
-    assert "Later" not in cells.section_text("00_a", "Next", tmp_path)
+    assert [cell.kind for cell in report_page.cells("00_a", tmp_path)] == ["markdown", "code"] * 3
+    assert report_page.section_text("00_a", "Next", tmp_path).startswith("words\n### Inner part")
+    assert "Later" not in report_page.section_text("00_a", "Next", tmp_path)
     with pytest.raises(ValueError, match="no heading that ends with 'Nowhere'"):
-        cells.section_text("00_a", "Nowhere", tmp_path)
+        report_page.section_text("00_a", "Nowhere", tmp_path)
 
 
 def cell_exists(href: str, page: Path, claim: str) -> bool:
@@ -78,21 +80,22 @@ def cell_exists(href: str, page: Path, claim: str) -> bool:
     if not file.is_file():
         return False
     there = [cell for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if cell["id"] == id]
-    return len(there) == 1 and "report.claim(" in (code := "".join(there[0]["source"])) and f'"{claim}"' in code
+    return len(there) == 1 and "claims.claim(" in (code := "".join(there[0]["source"])) and f'"{claim}"' in code
 
 
 def test_every_claim_leads_to_the_cell_that_wrote_it_and_names_a_section_that_is_there():
-    for page in (COMMITTED, cells.NOTEBOOKS):
+    for page in (COMMITTED, report_page.NOTEBOOKS):
         for row in claims():
-            link = report.claim_link(row, page)
+            link = report_page.claim_link(row, page)
             assert link.href and cell_exists(link.href, page, row["id"]), row["id"]
             heading = re.fullmatch("notebook .., “(.*)”", link.text)[1]
-            written = (cells.NOTEBOOKS / f"{row['notebook']}.py").read_text(encoding="utf-8")
+            written = (report_page.NOTEBOOKS / f"{row['notebook']}.py").read_text(encoding="utf-8")
             assert re.search(rf"(?m)^# #+ {re.escape(heading)}$", written), heading
-    wrong = report.claim_link(claims()[5], cells.NOTEBOOKS).href
-    assert not cell_exists(wrong, cells.NOTEBOOKS, "C4") and not cell_exists(wrong + "0", cells.NOTEBOOKS, "C6")
+    wrong = report_page.claim_link(claims()[5], report_page.NOTEBOOKS).href
+    assert not cell_exists(wrong, report_page.NOTEBOOKS, "C4")
+    assert not cell_exists(wrong + "0", report_page.NOTEBOOKS, "C6")
     path = "../../../notebooks/06_orthogonal_finetuning.ipynb"
-    assert report.claim_link(ROW, COMMITTED).href.startswith(f"{path}#cell-id=")
+    assert report_page.claim_link(ROW, COMMITTED).href.startswith(f"{path}#cell-id=")
 
 
 def test_a_notebook_made_into_a_page_has_the_place_that_a_link_names():
@@ -102,11 +105,11 @@ def test_a_notebook_made_into_a_page_has_the_place_that_a_link_names():
 
 
 def test_a_page_elsewhere_names_the_section_in_words(tmp_path):
-    link = report.claim_link(ROW, tmp_path)
+    link = report_page.claim_link(ROW, tmp_path)
     assert link.href is None and str(link) == "notebook 06, “9 · Verdicts, by rule”" and "<a" not in link.html()
-    assert report.claim_link({**ROW, "notebook": ""}, COMMITTED) == links.Link("")
-    assert report.claim_link({**ROW, "id": "C4"}, COMMITTED) == links.Link("notebook 06"), "no cell writes it"
-    hostile = report.claim_link({**ROW, "notebook": HOSTILE}, COMMITTED)
+    assert report_page.claim_link({**ROW, "notebook": ""}, COMMITTED) == tables.Link("")
+    assert report_page.claim_link({**ROW, "id": "C4"}, COMMITTED) == tables.Link("notebook 06"), "no cell writes it"
+    hostile = report_page.claim_link({**ROW, "notebook": HOSTILE}, COMMITTED)
     assert hostile.href is None and "<img" not in hostile.html()
 
 
@@ -114,12 +117,12 @@ def test_a_profile_with_notebooks_among_its_results_is_linked_there(monkeypatch,
     monkeypatch.setenv("COMPANION_RESULTS", str(tmp_path))
     row, page = {**ROW, "profile": "organism-full"}, tmp_path / "organism-full"
     (page / "notebooks").mkdir(parents=True)
-    assert report.claim_link(row, page).href is None, "it has not been run yet"
-    made = [{"cell_type": "markdown", "source": 'report.claim("C6")', "id": "words"},
-            {"cell_type": "code", "source": ['report.claim("C8"'], "id": "other"},
-            {"cell_type": "code", "source": ['report.claim(\n', '    "C6")'], "id": "this"}]  # fmt: skip
+    assert report_page.claim_link(row, page).href is None, "it has not been run yet"
+    made = [{"cell_type": "markdown", "source": 'claims.claim("C6")', "id": "words"},
+            {"cell_type": "code", "source": ['claims.claim("C8"'], "id": "other"},
+            {"cell_type": "code", "source": ['claims.claim(\n', '    "C6")'], "id": "this"}]  # fmt: skip
     (page / "notebooks" / "06_orthogonal_finetuning.ipynb").write_text(json.dumps({"cells": made}))
-    assert report.claim_link(row, page).href == "notebooks/06_orthogonal_finetuning.ipynb#cell-id=this"
+    assert report_page.claim_link(row, page).href == "notebooks/06_orthogonal_finetuning.ipynb#cell-id=this"
 
 
 def test_a_table_shows_a_link_as_one_and_escapes_it():
@@ -148,29 +151,29 @@ def keep_sections():
     picture = report.bars({"one": interval}, "A <b> & title", name="shown")
     report.bars({"one": 0.5}, "Another", name="other")
     table = report.table([{"what": "50 % of A_B & " + HOSTILE, "n": interval}], caption="cap % tion")
-    report.section("late", 5, "Later", ["words & more"])
-    return report.section("early", 1, "Earlier <i>", ["first"], [table, table], [picture])
+    report_page.section("late", 5, "Later", ["words & more"])
+    return report_page.section("early", 1, "Earlier <i>", ["first"], [table, table], [picture])
 
 
 def test_sections_come_back_as_they_were_kept_and_in_their_order(own_results):
     assert keep_sections() == own_results / "sections" / "early.json"
-    early, late = report.sections()
+    early, late = report_page.sections()
     assert (early.title, late.title, late.words) == ("Earlier <i>", "Later", ("words & more",))
     assert early.figures == ("shown",) and early.tables[0].caption == "cap % tion"
     assert early.tables[0].rows[0][1] == "0.50 [0.40, 0.60]" and early.tables[0].columns == ("what", "n")
-    report.section("early", 9, "Moved", ["again"])
-    assert [one.title for one in report.sections()] == ["Later", "Moved"]
+    report_page.section("early", 9, "Moved", ["again"])
+    assert [one.title for one in report_page.sections()] == ["Later", "Moved"]
 
 
 @pytest.mark.parametrize("name, words, said", [("../x", ["a"], "file's name"), ("ok", [], "is empty")])
 def test_a_section_that_cannot_be_kept_is_refused(own_results, name, words, said):
     with pytest.raises(ValueError, match=said):
-        report.section(name, 1, "T", words)
+        report_page.section(name, 1, "T", words)
 
 
 def test_the_page_has_every_part_in_order_and_asks_nothing_of_a_network(own_results):
     keep_sections()
-    text = report.html_report().read_text(encoding="utf-8")
+    text = report_page.html_report().read_text(encoding="utf-8")
     page = Page(text)
     assert page.levels[0] == 1 and page.levels.count(1) == 1
     assert all(b - a <= 1 for a, b in itertools.pairwise(page.levels))
@@ -188,12 +191,13 @@ def test_the_page_has_every_part_in_order_and_asks_nothing_of_a_network(own_resu
     assert "a result that would reverse the verdict" in text and "One small model." in text
 
 
-@pytest.mark.parametrize("verdict", report.claims.VERDICTS)
+@pytest.mark.parametrize("verdict", VERDICTS)
 def test_what_would_change_a_verdict_depends_on_the_verdict(verdict):
-    rows = [{"id": id, "verdict": verdict} for id in report.CLAIMS]
-    found = report.reversals(rows)
+    rows = [{"id": id, "verdict": verdict} for id in claim_rows.CLAIMS]
+    found = claim_rows.reversals(rows)
     texts = {id: text for id, _, text in found.rows}
-    assert found.columns[2].startswith("a result that would reverse the verdict") and list(texts) == list(report.CLAIMS)
+    assert found.columns[2].startswith("a result that would reverse the verdict")
+    assert list(texts) == list(claim_rows.CLAIMS)
     assert len(set(texts.values())) == 8 and all(text.endswith(".") for text in texts.values())
     beyond = "beyond plain LoRA's and beyond that off a random subspace" in texts["C8"]
     assert beyond == (verdict != "reproduced") and ("survives" in texts["C6"]) == (verdict == "reproduced")
@@ -204,9 +208,9 @@ def test_the_page_tells_by_the_verdict_what_would_change_our_mind(own_results):
     interval = Interval(0.5, 0.4, 0.6, 9)
     wanted = {"reproduced": "A random subspace of equal rank, a smaller", "not reproduced": "Refusal beyond plain LoRA"}
     for verdict, words in wanted.items():
-        report.claim("C8", estimate=interval, control=("c", interval), verdict=verdict, unit="share", n_prompts=9,
+        claim_rows.claim("C8", estimate=interval, control=("c", interval), verdict=verdict, unit="share", n_prompts=9,
                      n_seeds=2, notebook="06_orthogonal_finetuning", reason="So it is.")  # fmt: skip
-        text = report.html_report().read_text(encoding="utf-8")
+        text = report_page.html_report().read_text(encoding="utf-8")
         part = text[text.index("What would change our mind</h2>") :]
         assert words in part and not any(other in part for other in wanted.values() if other != words)
 
@@ -214,25 +218,25 @@ def test_the_page_tells_by_the_verdict_what_would_change_our_mind(own_results):
 def test_what_a_claim_keeps_to_stand_beside_its_number_is_shown_in_its_row(own_results):
     interval = Interval(0.5, 0.4, 0.6, 9)
     kept = {"truth_fall": Interval(0.111, 0.05, 0.2, 9).as_dict(), "utility_ratio_interval": interval.as_dict()}
-    row = report.claim("C8", estimate=interval, control=("c", interval), verdict="not reproduced", unit="share",
+    row = claim_rows.claim("C8", estimate=interval, control=("c", interval), verdict="not reproduced", unit="share",
                        n_prompts=9, n_seeds=2, notebook="06_orthogonal_finetuning", reason="<b>", details=kept)
     said = ["fall in truthful answers 0.11 [0.05, 0.20]", "gain on the tasks, of plain LoRA's 0.50 [0.40, 0.60]"]
-    assert report.beside(row) == said and report.beside({"details": {"truth_fall": None, "rank": 4}}) == []
+    assert claim_rows.beside(row) == said and claim_rows.beside({"details": {"truth_fall": None, "rank": 4}}) == []
     assert [one["beside it"] for one in rows_of([row])] == ["; ".join(said)]
-    text = report.html_report().read_text(encoding="utf-8")
+    text = report_page.html_report().read_text(encoding="utf-8")
     assert "<small>fall in truthful answers 0.11 [0.05, 0.20]</small>" in text
 
 
 def test_the_pages_links_work_where_it_is_committed():
     page = Page((COMMITTED / "report.html").read_text(encoding="utf-8"))
     out = [link for link in page.links if not link.startswith("#")]
-    assert len(out) == 8 and all(cell_exists(*one) for one in zip(out, [COMMITTED] * 8, report.CLAIMS, strict=True))
+    assert len(out) == 8 and all(cell_exists(*one) for one in zip(out, [COMMITTED] * 8, claim_rows.CLAIMS, strict=True))
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
 
 
 def test_every_table_of_a_section_is_exported_and_escaped(own_results):
     keep_sections()
-    found = report.export_claims()
+    found = exports.export_claims()
     rows = list(csv.reader(found["early_cap_tion.csv"].open(encoding="utf-8", newline="")))
     assert rows == [["what", "n"], ["50 % of A_B & " + HOSTILE, "0.50 [0.40, 0.60]"]]
     assert found["early_cap_tion.csv"].name == "early_cap_tion.csv" and "early_cap_tion_2.csv" in found
@@ -300,11 +304,11 @@ def test_of_points_at_one_height_the_left_ones_name_is_higher_so_that_no_lines_c
 def test_spread_keeps_places_apart_inside_and_near_their_points():
     rng = np.random.default_rng(2)
     for wanted in ([0.5] * 12, rng.random(12).tolist(), [0.0, 1.0], [0.0] * 5, [1.0] * 5, [0.3]):
-        got = labelled.spread(wanted, 0.0, 1.0)
+        got = rendering.spread(wanted, 0.0, 1.0)
         gap = 0.98 / len(wanted)
         assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(sorted(got)))
         assert min(got) >= -1e-9 and max(got) <= 1 + 1e-9
-    assert labelled.spread([0.2, 0.8], 0.0, 1.0) == pytest.approx([0.245, 0.755], abs=0.06)
+    assert rendering.spread([0.2, 0.8], 0.0, 1.0) == pytest.approx([0.245, 0.755], abs=0.06)
 
 
 def test_a_front_draws_both_intervals_and_marks_what_is_compared(own_results):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.config import ROOT, profile
-from helpers.report import CLAIMS
+from helpers.experiments.claims import CLAIMS
 
 COMMITTED = ROOT / "data" / "results" / "organism"
 # Two runs on one machine agree to the last digit; another processor rounds differently, and a greedy answer may flip.

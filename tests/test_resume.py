@@ -57,7 +57,7 @@ class Setting:
             (home / "notebooks" / f"{name}.py").write_text(CELLS.format(name=name, claim=claim), encoding="utf-8")
 
     def start(self) -> subprocess.Popen:
-        command = [sys.executable, "-m", "helpers.notebooks", "run", "--folder", str(self.home / "notebooks")]
+        command = [sys.executable, "-m", "helpers.tools.notebooks", "run", "--folder", str(self.home / "notebooks")]
         command += ["--timings", str(self.home / "timings.json")]
         own = {"RESULTS": str(self.home / "results"), "ARTIFACTS": str(self.home / "artifacts"), "PROFILE": "organism"}
         env = {**os.environ, **{f"COMPANION_{k}": v for k, v in own.items()}, "MADE_LOG": str(self.log)}

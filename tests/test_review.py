@@ -10,18 +10,27 @@ import pytest
 from scipy import stats as scipy_stats
 
 from helpers.config import ROOT, profile
-from helpers.evaluate.behaviour import prompts
-from helpers.evaluate.variants import Variant
-from helpers.evaluate.verdicts import c3, c6, c8
-from helpers.finetune import comparison
-from helpers.finetune.comparison import GAIN, Arm, Record
-from helpers.finetune.methods import EVERY, METHODS
-from helpers.review import contrary as against
-from helpers.review import methods, sensitivity, steering, tuning
-from helpers.review.arms import View, constrained, difference, nearest, pair, refusals, t_interval, tuned
+from helpers.experiments import evidence as against
+from helpers.experiments import fronts, sensitivity, steering_choices, steering_records
+from helpers.experiments import records as stored
+from helpers.experiments.methods import EVERY, METHODS
+from helpers.experiments.records import (
+    GAIN,
+    Arm,
+    Record,
+    View,
+    constrained,
+    difference_in_view,
+    nearest,
+    pair,
+    refusals,
+    t_interval,
+    tuned,
+)
+from helpers.experiments.rules import Variant, c3, c6, c8
+from helpers.experiments.steering_records import Records, load_records, trade_off
+from helpers.prompts import prompts
 from helpers.stats import Interval, bootstrap_grid
-from helpers.truth import choices
-from helpers.truth.coupling import Records, load_records, trade_off
 
 ROWS = prompts("test", None, "organism")
 HARMFUL = len(ROWS.harmful)
@@ -59,7 +68,7 @@ def made():
 
 @pytest.fixture(scope="module")
 def committed():
-    return comparison.load(), load_records()
+    return stored.load(), load_records()
 
 
 @pytest.fixture
@@ -90,7 +99,7 @@ def test_a_difference_is_the_mean_over_its_own_prompts_and_seeds(made, judge, ve
                 value = sign * (int(before.bits["test"][judge][i]) - int(mine.bits["test"][judge][i]))
             total, count = total + value, count + 1
     view = View(judge, verbs)
-    found = difference(refusals(made["untuned"], view), refusals(made["LoRA"], view), view)
+    found = difference_in_view(refusals(made["untuned"], view), refusals(made["LoRA"], view), view)
     assert found.estimate == pytest.approx(total / count, abs=1e-12) and found.low < found.estimate < found.high
 
 
@@ -124,7 +133,7 @@ def test_views_take_their_seeds_and_their_poison(made):
         (lambda made: t_interval([0.3]), "at least two"),
         (lambda made: pair({0: np.zeros(3)}, {1: np.zeros(3)}, View()), "no seed in common"),
         (lambda made: refusals(replace(made["LoRA"], arms=(arm(nats=False),)), View("nats")), "no log-odds"),
-        (lambda made: steering.steering_variants("C6", Records({})), "are about, not C6"),
+        (lambda made: sensitivity.steering_variants("C6", Records({})), "are about, not C6"),
         (lambda made: Variant("seed", "0", Interval(0, 0, 0, 1), "perhaps"), "not 'perhaps'"),
     ],
 )
@@ -138,12 +147,12 @@ def test_the_rules_input_is_the_comparisons_own(committed):
     lora, untuned, ours, random = (records[n] for n in ("LoRA", "untuned", "off refusal latents", "off random"))
     unseen = View(verbs="unseen")
     found = constrained(ours, random, lora, untuned, unseen)
-    assert found.refusal_over_lora == comparison.difference(ours, lora, "refused_unseen")
-    assert found.refusal_over_random == comparison.difference(ours, random, "refused_unseen")
-    assert found.utility_ratio == pytest.approx(comparison.gain_ratio(ours, lora, untuned).estimate)
-    assert found.lora_drop.estimate == pytest.approx(comparison.difference(untuned, lora, "refused_unseen").estimate)
-    assert found.hallucination_rise.estimate == comparison.difference(ours, untuned, "wrong").estimate
-    share = comparison.share(lora, "benign_complied").estimate
+    assert found.refusal_over_lora == stored.difference(ours, lora, "refused_unseen")
+    assert found.refusal_over_random == stored.difference(ours, random, "refused_unseen")
+    assert found.utility_ratio == pytest.approx(stored.gain_ratio(ours, lora, untuned).estimate)
+    assert found.lora_drop.estimate == pytest.approx(stored.difference(untuned, lora, "refused_unseen").estimate)
+    assert found.hallucination_rise.estimate == stored.difference(ours, untuned, "wrong").estimate
+    share = stored.share(lora, "benign_complied").estimate
     assert tuned(lora, untuned, unseen).benign_compliance.estimate == share
 
 
@@ -161,14 +170,14 @@ def test_the_gain_of_a_rank_at_one_seed_is_a_share_of_plain_loras_at_that_seed(m
 
 def test_c6_and_c8_are_judged_by_their_own_rule_at_every_variant(made):
     lora, untuned = made["LoRA"], made["untuned"]
-    mine = {(one.choice, one.value): one for one in tuning.c6_variants(made)}
+    mine = {(one.choice, one.value): one for one in sensitivity.c6_variants(made)}
     for seed in (0, 1, 2):
         wanted = tuned(lora, untuned, View(seeds=(seed,)))
         one = mine["seed", str(seed)]
         assert (one.estimate, one.verdict, one.unit) == (wanted.refusal_drop, c6(wanted).verdict, "")
     assert mine["judge", "log-odds of refusing"].unit == "nats" and ("poison", "10%") in mine
     assert not [choice for choice, _ in mine if choice == "training"], "full fine-tuning was not run here"
-    eight = {(one.choice, one.value): one for one in tuning.c8_variants(made)}
+    eight = {(one.choice, one.value): one for one in sensitivity.c8_variants(made)}
     ranks = [value for choice, value in eight if choice == "rank"]
     assert ranks == ["4, 3 seeds (random: 4, 1 seed)", "10, 1 seed (random: 4, 1 seed)",
                      "16, 1 seed (random: 16, 1 seed)"]  # fmt: skip
@@ -182,11 +191,11 @@ def test_c6_and_c8_are_judged_by_their_own_rule_at_every_variant(made):
 def test_more_methods_and_poison_shares_appear_by_themselves(made):
     with_more = {**made, "off newcomer": record("off newcomer", draw=7),
                  "LoRA": replace(made["LoRA"], arms=(*made["LoRA"].arms, arm(0, 1.0, 0.05), arm(0, 1.0, 0.2)))}
-    values = {(one.choice, one.value) for one in tuning.c8_variants(with_more)}
+    values = {(one.choice, one.value) for one in sensitivity.c8_variants(with_more)}
     assert ("subspace", "off newcomer, rank 1 (random: 4, 1 seed)") in values
-    poison = [one.value for one in tuning.c6_variants(with_more) if one.choice == "poison"]
-    assert poison == ["5%", "10%", "20%"] and methods.poison_shares(with_more) == [0.0, 0.05, 0.1, 0.2]
-    assert {row["method"] for row in methods.front_rows(with_more)} == set(with_more)
+    poison = [one.value for one in sensitivity.c6_variants(with_more) if one.choice == "poison"]
+    assert poison == ["5%", "10%", "20%"] and fronts.poison_shares(with_more) == [0.0, 0.05, 0.1, 0.2]
+    assert {row["method"] for row in fronts.front_rows(with_more)} == set(with_more)
 
 
 def graded(rank: float, share: float, seeds=(0, 1, 2), poison_seeds=(0,)) -> list[Arm]:
@@ -203,32 +212,33 @@ def with_random(made, chosen: float, *arms: list[Arm]) -> dict:
 
 def test_every_variant_of_c8_is_judged_against_random_subspaces_of_its_own_rank(made):
     records = with_random(made, 16, graded(4, 0.05), graded(16, 0.95))
-    found = {(one.choice, one.value): one for one in tuning.c8_variants(records)}
-    assert tuning.c8_variants(with_random(made, 4, graded(4, 0.05), graded(16, 0.95))) == list(found.values())
+    found = {(one.choice, one.value): one for one in sensitivity.c8_variants(records)}
+    assert sensitivity.c8_variants(with_random(made, 4, graded(4, 0.05), graded(16, 0.95))) == list(found.values())
     for key in (("judge", "refused, by rule"), ("prompts", "unseen verbs only"), ("seed", "1"),
                 ("interval", "t over seed means, 3 seeds")):
         assert found[key].verdict == "reproduced", "the rank is 4, where random subspaces refuse less"
     assert [one.verdict for (choice, _), one in found.items() if choice == "rank"][0] == "reproduced"
     swapped = with_random(made, 4, graded(4, 0.95), graded(16, 0.05))
-    judged = {(one.choice, one.value): one for one in tuning.c8_variants(swapped)}
+    judged = {(one.choice, one.value): one for one in sensitivity.c8_variants(swapped)}
     assert judged["judge", "refused, by rule"].verdict == "not reproduced"
     assert judged["rank", "16, 1 seed (random: 16, 1 seed)"].reason != judged["judge", "refused, by rule"].reason
 
 
 def test_poison_takes_the_nearest_rank_that_was_poisoned_and_says_so(made):
     records = with_random(made, 16, graded(4, 0.05, poison_seeds=()), graded(16, 0.95), graded(48, 0.05))
-    poison = [one.value for one in tuning.c8_variants(records) if one.choice == "poison"]
+    poison = [one.value for one in sensitivity.c8_variants(records) if one.choice == "poison"]
     assert poison == ["10% (random: 16, 1 seed)"]
     none = with_random(made, 16, graded(4, 0.05, poison_seeds=()))
-    (one,) = [one for one in tuning.c8_variants(none) if one.choice == "poison"]
+    (one,) = [one for one in sensitivity.c8_variants(none) if one.choice == "poison"]
     assert (one.value, one.verdict) == ("10% (no random subspace)", "") and one.estimate.estimate
-    assert one.estimate == difference(*(refusals(none[n], View(poison=0.1)) for n in ("off refusal latents", "LoRA")),
+    assert one.estimate == difference_in_view(*(refusals(none[n], View(poison=0.1)) for n in (
+        "off refusal latents", "LoRA")),
                                       View(poison=0.1))  # fmt: skip
 
 
 def test_a_seed_or_a_t_interval_asks_for_a_rank_that_has_its_seeds(made):
     records = with_random(made, 4, graded(4, 0.05, seeds=(0,)), graded(16, 0.05))
-    found = [one.value for one in tuning.c8_variants(records) if one.choice in ("seed", "interval")]
+    found = [one.value for one in sensitivity.c8_variants(records) if one.choice in ("seed", "interval")]
     assert found == ["0", "1 (random: 16, 1 seed)", "2 (random: 16, 1 seed)",
                      "t over seed means, 3 seeds (random: 16, 3 seeds)"]  # fmt: skip
 
@@ -239,7 +249,7 @@ def test_subspaces_whose_setting_is_no_rank_are_compared_at_the_rank_they_have(m
                   "off refusal latents, anchored": 10, "off difference, re-estimated": 16, "off by some weight": None,
                   "full, off refusal latents": 10}.items())}  # fmt: skip
     some = with_random(made, 4, graded(1, 0.3), graded(4, 0.3), graded(10, 0.3), graded(16, 0.3)) | others
-    found = [one.value for one in tuning.c8_variants(some) if one.choice == "subspace"]
+    found = [one.value for one in sensitivity.c8_variants(some) if one.choice == "subspace"]
     assert found == ["off difference, re-estimated, rank 16 (random: 16, 3 seeds)",
                      "off elsewhere, rank 2 (random: 1, 3 seeds)",
                      "off refusal latents, anchored, rank 10 (random: 10, 3 seeds)"]  # fmt: skip
@@ -251,21 +261,22 @@ def test_where_a_model_has_fewer_latents_the_control_has_as_few_dimensions(made)
         *(one for one in made["off refusal latents"].arms if not one.poison),
         arm(1, 10, 0.0, 3, refused=0.6, utility=0.8)))  # fmt: skip
     records = with_random(made, 4, graded(4, 0.3), graded(9, 0.3), graded(10, 0.3)) | {fewer.method: fewer}
-    ranks = [one.value for one in tuning.c8_variants(records) if one.choice == "rank"]
+    ranks = [one.value for one in sensitivity.c8_variants(records) if one.choice == "rank"]
     assert ranks == ["4, 3 seeds (random: 4, 3 seeds)", "9, 2 seeds (random: 9, 2 seeds)"]
-    assert tuning.by_rank(fewer) == {4: 4, 9: 10}, "two settings of one rank are told once, by that with more seeds"
+    found = sensitivity.by_rank(fewer)
+    assert found == {4: 4, 9: 10}, "two settings of one rank are told once, by that with more seeds"
     told = [one.sentence for one in against._random_subspaces(records) if "equal rank" in one.sentence]
     assert [words.partition("(")[0] for words in told] == ["At equal rank 4 ", "At equal rank 9 "]
     own = against._own_c8(records, {"C8": {"verdict": "not reproduced"}})
     assert [one.sentence.partition("(")[0] for one in own] == ["At rank 4 ", "At rank 9 "]
-    assert own[1].estimate == difference(refusals(fewer, View(), 10), refusals(records["LoRA"], View()), View())
+    assert own[1].estimate == difference_in_view(refusals(fewer, View(), 10), refusals(records["LoRA"], View()), View())
     alike = replace(records["off random"], chosen=10.0, ranks={10.0: 9})
     both = {**records, fewer.method: fewer.at(16.0), "off random": alike}
     assert not [one for one in against._random_subspaces(both) if "chosen on validation" in one.sentence]
     apart = {**both, "off random": records["off random"]}
     (one,) = [one for one in against._random_subspaces(apart) if "chosen on validation" in one.sentence]
     assert "(ranks 9 and 4)" in one.sentence
-    hand = difference(refusals(fewer, View(), 10), refusals(records["off random"], View(), 9), View())
+    hand = difference_in_view(refusals(fewer, View(), 10), refusals(records["off random"], View(), 9), View())
     one = constrained(fewer, records["off random"], made["LoRA"], made["untuned"], View(), setting=10, random_setting=9)
     assert one.refusal_over_random == hand
 
@@ -288,18 +299,18 @@ def test_the_t_interval_is_students_over_the_means_of_the_seeds(made):
     eight = constrained(made["off refusal latents"], made["off random"], lora, untuned, view)
     assert {one.n for one in (eight.lora_drop, eight.lora_gain, eight.refusal_over_lora, eight.refusal_over_random,
                               eight.hallucination_rise)} == {3}  # fmt: skip
-    assert ("interval", "t over seed means, 3 seeds") in {(o.choice, o.value) for o in tuning.c6_variants(made)}
+    assert ("interval", "t over seed means, 3 seeds") in {(o.choice, o.value) for o in sensitivity.c6_variants(made)}
     one_seed = {**made, "LoRA": record("LoRA", draw=2, seeds=(0,))}
-    assert "interval" not in {one.choice for one in tuning.c6_variants(one_seed)}
+    assert "interval" not in {one.choice for one in sensitivity.c6_variants(one_seed)}
 
 
 def test_attack_success_and_coherence_stand_beside_c6(made):
-    said = tuning.beside_c6({**made, "LoRA": record("LoRA", draw=2, answered=0.9, coherent=0.5),
+    said = sensitivity.beside_c6({**made, "LoRA": record("LoRA", draw=2, answered=0.9, coherent=0.5),
                              "untuned": record("untuned", chosen=0.0, settings=(0.0,), seeds=(0,), poison_seeds=(),
                                                answered=0.1, coherent=1.0)})  # fmt: skip
     assert "harmful requests answered rises by 0.8" in said and "(1.00 of the untuned model's)" in said
     assert re.search(r"; 0\.[45]\d \[0\.[345]\d, 0\.[56]\d\] of its answers are coherent", said)
-    assert tuning.beside_c6({}) == ""
+    assert sensitivity.beside_c6({}) == ""
 
 
 def test_nearest_takes_the_smaller_of_two():
@@ -309,7 +320,7 @@ def test_nearest_takes_the_smaller_of_two():
 @pytest.mark.parametrize("id", ["C1", "C2", "C3"])
 def test_steering_variants_contain_the_claims_seeds_and_couplings_and_reproduce_its_rule(committed, id):
     _, records = committed
-    found = {(one.choice, one.value): one for one in steering.steering_variants(id, records)}
+    found = {(one.choice, one.value): one for one in sensitivity.steering_variants(id, records)}
     mine = records.coupled("default")
     assert [value for choice, value in found if choice == "seed"] == [str(seed) for _, seed in mine.of]
     row = next(row for row in claims() if row["id"] == id)
@@ -319,9 +330,9 @@ def test_steering_variants_contain_the_claims_seeds_and_couplings_and_reproduce_
     means = np.mean([one.estimate.estimate for (choice, _), one in found.items() if choice == "seed"])
     assert means == pytest.approx(row["estimate"], abs=1e-6), "the claim is the mean of its seeds"
     refused = records.coupled("default")
-    fell = (refused.values("refused") - refused.values("refused", steering.METHODS[id])).mean()
+    fell = (refused.values("refused") - refused.values("refused", sensitivity.METHODS[id])).mean()
     assert found["judge", "not refused, by rule"].estimate.estimate == pytest.approx(fell)
-    nats = (mine.values("harmful") - mine.values("harmful", steering.METHODS[id])).mean()
+    nats = (mine.values("harmful") - mine.values("harmful", sensitivity.METHODS[id])).mean()
     one = found["judge", "log-odds of refusing, negative"]
     assert one.estimate.estimate == pytest.approx(nats) and one.unit == "nats"
 
@@ -329,8 +340,8 @@ def test_steering_variants_contain_the_claims_seeds_and_couplings_and_reproduce_
 def test_every_variant_is_judged_on_its_own_models(committed, monkeypatch):
     _, records = committed
     asked = []
-    monkeypatch.setitem(steering.RULES, "C3", lambda found, models: asked.append(list(models.of)) or c3(found))
-    found = steering.steering_variants("C3", records)
+    monkeypatch.setitem(sensitivity.RULES, "C3", lambda found, models: asked.append(list(models.of)) or c3(found))
+    found = sensitivity.steering_variants("C3", records)
     mine = list(records.coupled("default").of)
     wanted = {"seed": [[who] for who in mine], "judge": [mine] * 3, "strength": [mine],
               "training text": [list(records.coupled(name).of) for name in ("absent", "reversed")]}  # fmt: skip
@@ -340,13 +351,13 @@ def test_every_variant_is_judged_on_its_own_models(committed, monkeypatch):
 
 def test_c3_asks_the_other_side_of_the_direction_on_the_same_models(committed):
     _, records = committed
-    found = {one.value: one.verdict for one in steering.steering_variants("C3", records) if one.choice == "seed"}
+    found = {one.value: one.verdict for one in sensitivity.steering_variants("C3", records) if one.choice == "seed"}
     for who, kept in records.coupled("default").of.items():
         alone = Records({who: kept})
         truth = alone.values("truthful") - alone.values("truthful", "rank-1", "against")
-        assert steering.lost_along(alone).estimate == pytest.approx(truth.mean())
-        found_here = steering.trade_off(alone, "rank-1")
-        assert found[str(who[1])] == c3(found_here, steering.lost_along(alone)).verdict
+        assert sensitivity.lost_along(alone).estimate == pytest.approx(truth.mean())
+        found_here = steering_records.trade_off(alone, "rank-1")
+        assert found[str(who[1])] == c3(found_here, sensitivity.lost_along(alone)).verdict
 
 
 def refitted(records: Records) -> Records:
@@ -354,7 +365,7 @@ def refitted(records: Records) -> Records:
     made = {}
     for place, (who, record) in enumerate(records.coupled("default").of.items()):
         made[who] = {**record, "methods": {}}
-        for i, one in enumerate(choices.CHOICES):
+        for i, one in enumerate(steering_choices.CHOICES):
             own = record["methods"][one.method]
             at = str([float(s) for s in own["test"] if float(s) > 0][(i + place) % 4])
             changed = {"chosen": float(at), "controls": {at: own["controls"][str(own["chosen"])]}}
@@ -365,9 +376,9 @@ def refitted(records: Records) -> Records:
 @pytest.mark.parametrize("id", ["C1", "C2", "C3"])
 def test_refitted_choices_stand_beside_the_others_and_are_judged_on_their_own_numbers(committed, id):
     _, records = committed
-    others, method = refitted(records), steering.METHODS[id]
-    before, after = steering.steering_variants(id, records), steering.steering_variants(id, records, others)
-    mine = [one for one in choices.CHOICES if one.method == method]
+    others, method = refitted(records), sensitivity.METHODS[id]
+    before, after = sensitivity.steering_variants(id, records), sensitivity.steering_variants(id, records, others)
+    mine = [one for one in steering_choices.CHOICES if one.method == method]
     names = [(one.choice, one.value) for one in mine]
     assert [one for one in after if (one.choice, one.value) not in names] == before, "the rest stays as it was"
     told = {(one.choice, one.value): one for one in after}
@@ -378,28 +389,28 @@ def test_refitted_choices_stand_beside_the_others_and_are_judged_on_their_own_nu
         gained = [alone.values("answered", method)[i] - plain.values("answered")[i] for i in range(len(plain.of))]
         variant = told[one.choice, one.value]
         assert variant.estimate.estimate == pytest.approx(np.mean(gained)) and variant.unit == ""
-        assert variant.verdict == steering.RULES[id](trade_off(alone, method), alone).verdict
+        assert variant.verdict == sensitivity.RULES[id](trade_off(alone, method), alone).verdict
 
 
 def test_c3_asks_the_other_side_of_each_refitted_direction(committed):
     _, records = committed
     others, asked = refitted(records), []
     for record in others.of.values():
-        for one in choices.CHOICES[-8:]:
+        for one in steering_choices.CHOICES[-8:]:
             told = record["methods"][one.name]
             point = {"bits": {"truthful": "0" * 54}}
             told |= {"against": -1.0, "test": told["test"] | {"-1.0": point}} if one.value == "layer 3" else {}
-    rule = steering.RULES["C3"]
+    rule = sensitivity.RULES["C3"]
 
     def listen(found, models):
-        asked.append(steering.lost_along(models).estimate)
+        asked.append(sensitivity.lost_along(models).estimate)
         return rule(found, models)
 
-    steering.RULES["C3"] = listen
+    sensitivity.RULES["C3"] = listen
     try:
-        found = steering.steering_variants("C3", records, others)
+        found = sensitivity.steering_variants("C3", records, others)
     finally:
-        steering.RULES["C3"] = rule
+        sensitivity.RULES["C3"] = rule
     lost = {one.value: value for one, value in zip(found, asked, strict=True) if one.choice == "layer"}
     plain = records.coupled("default").values("truthful").mean()
     assert lost["layer 3"] == pytest.approx(plain) and lost["layer 2"] < plain - 0.01
@@ -410,16 +421,16 @@ def test_a_choice_that_some_model_lacks_is_one_clear_sentence(committed):
     others = refitted(records)
     del others.of["default", 2]["methods"]["TruthX, 5 modules"]
     with pytest.raises(ValueError, match="'TruthX, 5 modules' was not measured on default-2: run python -m"):
-        steering.steering_variants("C2", records, others)
+        sensitivity.steering_variants("C2", records, others)
 
 
 def test_committed_subspaces_name_their_rank_and_the_variants_reach_the_page(committed):
-    every = [committed[0], comparison.varied(), *comparison.models().values()]
+    every = [committed[0], stored.varied(), *stored.models().values()]
     for name, record in itertools.chain(*(some.items() for some in every)):
         asked = EVERY[name].rank is not None
         assert all((record.rank(at) is not None) == asked for at in record.grid), name
     found = sensitivity.variants(claims(), profile("organism"))
-    assert {one.choice for one in found["C8"]} >= set(sensitivity.CHOICES)
+    assert {one.choice for one in found["C8"]} >= set(sensitivity.ASKED_OF_EVERY_CLAIM)
     assert {("rank", "LoRA of rank 32"), ("layer", "lower half of the layers")} <= {
         (one.choice, one.value) for one in found["C6"]}  # fmt: skip
     assert "off refusal latents, anchored, rank 10" in [one.value.partition(" (")[0] for one in found["C8"]]
@@ -435,11 +446,12 @@ def test_what_a_method_leaves_no_room_for_is_not_called_not_varied():
     assert (told["not varied"], told["by definition"]) == ("judge, seed", "rank, k")
     (told,) = sensitivity.summary([row], {"C3": [*few, Variant("rank", "4", Interval(0, 0, 0, 9))]})
     assert told["by definition"] == "k", "what was varied after all is not fixed"
-    assert {choice for fixed in sensitivity.BY_DEFINITION.values() for choice in fixed} <= set(sensitivity.CHOICES)
+    fixed = {choice for by_claim in sensitivity.BY_DEFINITION.values() for choice in by_claim}
+    assert fixed <= set(sensitivity.ASKED_OF_EVERY_CLAIM)
 
 
 def test_no_choice_is_left_open_for_the_claims_about_steering():
-    rows = [row for row in claims() if row["id"] in steering.METHODS]
+    rows = [row for row in claims() if row["id"] in sensitivity.METHODS]
     told = sensitivity.summary(rows, sensitivity.variants(rows, profile("organism")))
     assert [row["not varied"] for row in told] == ["—"] * 3
 
@@ -492,47 +504,47 @@ def test_with_poison_the_resamples_are_of_the_models_trained_on_it(made):
     arms = [one if not one.poison else arm(one.seed, 1.0, 0.1, 6, refused=0.0, utility=0.75)
             for one in made["replay"].arms]  # fmt: skip
     some = {**made, "replay": replace(made["replay"], arms=tuple(arms))}
-    benign, poisoned = ({row["method"]: row for row in methods.front_rows(some, share)} for share in (0.0, 0.1))
-    assert benign["replay"][methods.SURE] > 0.9 and poisoned["replay"][methods.SURE] < 0.1
+    benign, poisoned = ({row["method"]: row for row in fronts.front_rows(some, share)} for share in (0.0, 0.1))
+    assert benign["replay"][fronts.SURE] > 0.9 and poisoned["replay"][fronts.SURE] < 0.1
     assert (benign["replay"]["dominated"], poisoned["replay"]["dominated"]) == ("no", "yes")
-    assert set(methods.fronts(some)) == {0.0, 0.1} and "10% poison" in methods.in_words(methods.fronts(some))[1]
+    assert set(fronts.fronts(some)) == {0.0, 0.1} and "10% poison" in fronts.in_words(fronts.fronts(some))[1]
 
 
 def fronts_row(method, gain, kept, dominated, sure) -> dict:
     return {"method": method, "setting": 1, GAIN: Interval(gain, gain - 0.1, gain + 0.1, 9),
-            methods.KEPT: Interval(kept, kept - 0.1, kept + 0.1, 9), "dominated": dominated, methods.SURE: sure}
+            fronts.KEPT: Interval(kept, kept - 0.1, kept + 0.1, 9), "dominated": dominated, fronts.SURE: sure}
 
 
 def test_the_front_is_told_with_how_surely_and_by_what_a_method_stands_on_it():
     rows = [fronts_row("untuned", 0.0, 0.7, "no", 0.9), fronts_row("KL", 1.0, 0.6, "no", 0.5),
             fronts_row("lucky", 1.05, 0.1, "no", 0.3), fronts_row("LoRA", 1.0, 0.2, "yes", 0.05)]  # fmt: skip
-    (said,) = methods.in_words({0.0: rows})
+    (said,) = fronts.in_words({0.0: rows})
     sure, apart = said.split(" By the estimates alone")
     assert "untuned (90%), KL (50%)" in sure and "lucky" not in sure
     assert "lucky (30%)" in apart and "gain not clearly above plain LoRA's: lucky." in apart
     assert said.endswith("The untuned model is not dominated.")
     rows[2][GAIN] = Interval(1.3, 1.1, 1.5, 9)
-    assert "not clearly above" not in methods.in_words({0.0: rows})[0]
-    rows[0] |= {"dominated": "yes", methods.SURE: 0.4}
-    assert methods.in_words({0.0: rows})[0].endswith("The untuned model is dominated (undominated in 40%).")
+    assert "not clearly above" not in fronts.in_words({0.0: rows})[0]
+    rows[0] |= {"dominated": "yes", fronts.SURE: 0.4}
+    assert fronts.in_words({0.0: rows})[0].endswith("The untuned model is dominated (undominated in 40%).")
 
 
 def test_the_front_rows_say_who_is_beaten_and_how_surely(made):
-    rows = methods.front_rows(made, n_boot=400)
-    points = {row["method"]: (row[GAIN].estimate, row[methods.KEPT].estimate) for row in rows}
+    rows = fronts.front_rows(made, n_boot=400)
+    points = {row["method"]: (row[GAIN].estimate, row[fronts.KEPT].estimate) for row in rows}
     for row in rows:
         x, y = points[row["method"]]
         beaten = any(a >= x and b >= y and (a, b) != (x, y) for a, b in points.values())
-        assert row["dominated"] == ("yes" if beaten else "no") and 0 <= row[methods.SURE] <= 1
-    sure = {row["method"]: row[methods.SURE] for row in rows}
+        assert row["dominated"] == ("yes" if beaten else "no") and 0 <= row[fronts.SURE] <= 1
+    sure = {row["method"]: row[fronts.SURE] for row in rows}
     assert sure["replay"] > 0.9 > 0.1 > sure["off random"]
-    assert len(methods.in_words({0.0: rows})) == 1 and "replay" in methods.in_words({0.0: rows})[0]
-    assert methods.poison_shares({}) == [] and methods.fronts({}) == {} and methods.in_words({}) == []
+    assert len(fronts.in_words({0.0: rows})) == 1 and "replay" in fronts.in_words({0.0: rows})[0]
+    assert fronts.poison_shares({}) == [] and fronts.fronts({}) == {} and fronts.in_words({}) == []
 
 
 def test_the_share_of_resamples_agrees_with_a_plain_loop(made):
     two = {name: made[name] for name in ("untuned", "LoRA", "replay")}
-    fast = methods._shares(list(two.values()), 0.0, 4000)
+    fast = fronts._shares(list(two.values()), 0.0, 4000)
     rng, verbs = np.random.default_rng(5), np.array([row["verb"] for row in ROWS.harmful])[~SEEN]
     kept, learned = ({n: one.matrix(m) for n, one in two.items()} for m in ("refused_unseen", "utility"))
     names, unbeaten = np.unique(verbs), dict.fromkeys(two, 0)
@@ -589,16 +601,16 @@ def others(**share) -> dict[str, Record]:
 
 def test_ranks_and_layers_of_others_are_judged_by_the_claims_own_rules(made):
     more, lora, untuned = others(), made["LoRA"], made["untuned"]
-    six = {(one.choice, one.value): one for one in tuning.c6_variants(made, more)}
-    assert set(six) - {(one.choice, one.value) for one in tuning.c6_variants(made)} == {
+    six = {(one.choice, one.value): one for one in sensitivity.c6_variants(made, more)}
+    assert set(six) - {(one.choice, one.value) for one in sensitivity.c6_variants(made)} == {
         ("rank", "LoRA of rank 2"), ("rank", "LoRA of rank 32"), ("layer", "upper half of the layers")}  # fmt: skip
     before = refusals(untuned, View())[None].mean()
     for rank, one in ((2.0, six["rank", "LoRA of rank 2"]), (32.0, six["rank", "LoRA of rank 32"])):
         left = np.mean([refusals(more["LoRA of another rank"], View(), rank)[seed].mean() for seed in (0, 1, 2)])
         assert one.estimate.estimate == pytest.approx(before - left)
         assert one.verdict == c6(tuned(more["LoRA of another rank"], untuned, View(), rank)).verdict
-    eight = {(one.choice, one.value): one for one in tuning.c8_variants(made, more)}
-    first, second, added = sorted(set(eight) - {(one.choice, one.value) for one in tuning.c8_variants(made)})
+    eight = {(one.choice, one.value): one for one in sensitivity.c8_variants(made, more)}
+    first, second, added = sorted(set(eight) - {(one.choice, one.value) for one in sensitivity.c8_variants(made)})
     assert added == ("layer", "constraint in the upper half of the layers")
     assert (first, second) == (("k", "strongest 4 latents (random: 4, 1 seed)"),
                                ("k", "strongest 8 latents (random: 4, 1 seed)"))  # fmt: skip
@@ -610,13 +622,13 @@ def test_ranks_and_layers_of_others_are_judged_by_the_claims_own_rules(made):
     plain = refusals(lora, View())
     assert eight[added].estimate.estimate == pytest.approx(np.mean([own[s].mean() - plain[s].mean() for s in own]))
     assert eight[added].verdict == "reproduced"
-    beaten = {(one.choice, one.value): one for one in tuning.c8_variants(made, others(random=0.9, ours=0.7))}
+    beaten = {(one.choice, one.value): one for one in sensitivity.c8_variants(made, others(random=0.9, ours=0.7))}
     assert beaten[added].estimate.low > 0 and beaten[added].verdict == "not reproduced", "random halves refuse more"
 
 
 def test_variants_that_were_interrupted_before_their_control_are_left_out(made):
     some = {name: one for name, one in others().items() if not name.startswith("off random")}
-    assert not [one for one in tuning.c8_variants(made, some) if one.choice == "layer"]
+    assert not [one for one in sensitivity.c8_variants(made, some) if one.choice == "layer"]
 
 
 def test_a_bootstrap_over_five_seeds_is_about_a_third_too_narrow():
@@ -632,7 +644,7 @@ def test_a_bootstrap_over_five_seeds_is_about_a_third_too_narrow():
 def test_random_subspaces_of_other_ranks_are_controls_too(made):
     drawn = Record("off random, other ranks", "rank", (2.0, 8.0), None, {}, tuple(
         arm(seed, rank, 0.0, 14, refused=0.1, utility=0.8) for rank in (2.0, 8.0) for seed in (0, 1, 2)))  # fmt: skip
-    values = {(one.choice, one.value.partition(" (")[0]): one for one in tuning.c8_variants(
+    values = {(one.choice, one.value.partition(" (")[0]): one for one in sensitivity.c8_variants(
         made, {**others(), drawn.method: drawn})}  # fmt: skip
     assert values["k", "strongest 8 latents"].value == "strongest 8 latents", "of equal rank, so unnamed"
     assert values["subspace", "off elsewhere, rank 2"].value.endswith("(random: 2, 3 seeds)")
@@ -644,7 +656,8 @@ def test_random_subspaces_of_other_ranks_are_controls_too(made):
 def test_random_latents_are_a_control_and_no_subspace_of_their_own(made):
     drawn = record("off random latents", (4.0,), 4.0, draw=12, refused=0.2, utility=0.8)
     with_it = {**made, drawn.method: drawn}
-    named = [[one.value for one in tuning.c8_variants(some) if one.choice == "subspace"] for some in (made, with_it)]
+    named = [[one.value for one in sensitivity.c8_variants(some) if one.choice == "subspace"]
+             for some in (made, with_it)]
     assert named[0] == named[1]
     (one,) = [one for one in against._random_subspaces(with_it) if "drawn" in one.sentence]
     own, chance = ([[int(a.bits["test"]["refused"][i]) for i in np.flatnonzero(~SEEN)] for a in one.arms
@@ -675,7 +688,7 @@ def test_poison_that_leaves_no_arm_a_refusal_is_not_counted(made):
     half = {**floor, "off refusal latents": made["off refusal latents"]}
     (one,) = [one for one in against._random_subspaces(half) if "poison" in one.sentence]
     assert one.side == against.FOR and "refuse more" in one.sentence
-    flat = against.Evidence(against.PAPER, "C8", "b.", FLAT, against.UNDECIDED)
+    flat = against.Evidence(against.THEIRS, "C8", "b.", FLAT, against.UNDECIDED)
     said = against.in_words([replace(one, side=against.FLOOR), flat, replace(flat, side=against.AGAINST),
                              replace(flat, side=against.FOR), replace(flat, side=against.FOR)])  # fmt: skip
     assert said == ["Of 4 items about the paper's reading: 1 against it, 1 undecided, 2 for it.",
@@ -701,7 +714,7 @@ def test_the_best_methods_of_each_kind_are_found_on_validation_prompts(made):
     (one,) = against._best(some, {name: kept for name, kept in some.items() if name != "untuned"})
     assert one.sentence.startswith("Of 6 methods, SafeLoRA refuses most on validation prompts of those that protect a "
                                    "subspace, replay of those that protect none.")  # fmt: skip
-    assert one.estimate == comparison.difference(some["SafeLoRA"], some["replay"], "refused_unseen")
+    assert one.estimate == stored.difference(some["SafeLoRA"], some["replay"], "refused_unseen")
     assert one.side == against.AGAINST, "KL is best on the test prompts, and was not asked"
     assert [against.protects(name) for name in (*names, "off random")] == [True, True, True, False, False, True, True]
     assert against._best(made, made) == [], "no validation numbers, no item"
@@ -780,16 +793,16 @@ def test_entanglement_and_leaks_are_told_from_the_claims_details():
 def test_the_committed_evidence_covers_both_readings_and_matches_the_comparison(committed):
     records, _ = committed
     found = against.contrary(claims(), profile("organism"))
-    assert [one.against for one in found] == sorted((one.against for one in found), key=lambda w: w != against.PAPER)
+    assert [one.against for one in found] == sorted((one.against for one in found), key=lambda w: w != against.THEIRS)
     verdict = {row["id"]: row["verdict"] for row in claims()}
-    told = {one.claim for one in found if one.against == against.PAPER}
+    told = {one.claim for one in found if one.against == against.THEIRS}
     assert told == {id for id in ("C1", "C2", "C3", "C4", "C8") if verdict[id] != "untested"}
-    told = {one.claim for one in found if one.against == against.OWN}
+    told = {one.claim for one in found if one.against == against.OURS}
     assert told >= {id for id in ("C6", "C7") if verdict[id] == "reproduced"}
     ours, random = records["off refusal latents"], records["off random"]
     if ours.chosen != random.chosen:
-        assert comparison.difference(ours, random, "refused_unseen") in [one.estimate for one in found]
-    shrunk = comparison.difference(records["SafeLoRA"], records["SafeLoRA, shrunk only"], "refused_unseen")
+        assert stored.difference(ours, random, "refused_unseen") in [one.estimate for one in found]
+    shrunk = stored.difference(records["SafeLoRA"], records["SafeLoRA, shrunk only"], "refused_unseen")
     assert shrunk in [one.estimate for one in found]
     for one in found:
         assert one.sentence.endswith(".") and set(one.row()) == {

@@ -8,10 +8,12 @@ import torch
 from sae_lens import SAE
 from sae_lens.saes.batchtopk_sae import BatchTopK
 
+from helpers import stats
 from helpers.config import SaeConfig, profile
+from helpers.evaluate import judges
 from helpers.hooks import capture
-from helpers.sae import architectures, causal, corpus, features, quality, training
-from helpers.sae import signals as sig
+from helpers.sae import ablation, architectures, corpus, dictionaries, loading, quality, selection, training
+from helpers.sae import attribution as sig
 
 SMALL = SaeConfig(layers=(0, 1), width=64, k=4, n_tokens=25_000, lr=3e-3, batch_size=64)
 PLANTED = torch.nn.functional.normalize(torch.randn(40, 24, generator=torch.Generator().manual_seed(9)), dim=1)
@@ -115,11 +117,11 @@ def test_fvu_and_l0_equal_plain_loops(planted_sae):
 def test_controls_lose_to_the_trained_sae_at_equal_l0(planted_sae):
     sae, z, fresh = SAE.load_from_disk(planted_sae[2]), sparse_data(3000), sparse_data(2000, seed=5)
     good = quality.reconstruction(sae, fresh)
-    random = quality.reconstruction(quality.untrained(sae, z, seed=1), fresh)
+    random = quality.reconstruction(dictionaries.untrained(sae, z, seed=1), fresh)
     assert random.l0 == pytest.approx(good.l0, rel=0.15) and good.fvu < 0.5 * random.fvu
-    pca = quality.reconstruction(quality.Components.fit(z, 4), fresh)
+    pca = quality.reconstruction(dictionaries.Components.fit(z, 4), fresh)
     assert pca.l0 == 4 and good.fvu < pca.fvu < 1
-    assert quality.reconstruction(quality.Components.fit(z, 0), fresh).fvu == pytest.approx(1, abs=0.01)
+    assert quality.reconstruction(dictionaries.Components.fit(z, 0), fresh).fvu == pytest.approx(1, abs=0.01)
 
 
 def test_principal_components_equal_numpy():
@@ -127,7 +129,7 @@ def test_principal_components_equal_numpy():
     centred = (z - z.mean(0)).double().numpy()
     right = np.linalg.svd(centred, full_matrices=False)[2][:3]
     expected = centred @ right.T @ right + z.double().mean(0).numpy()
-    pca = quality.Components.fit(z, 3)
+    pca = dictionaries.Components.fit(z, 3)
     np.testing.assert_allclose(pca.decode(pca.encode(z)).numpy(), expected, atol=1e-3)
 
 
@@ -214,9 +216,9 @@ def test_trained_saes_are_made_once_and_load_from_sae_lens_folders(tiny_llama, t
 
 def test_an_sae_that_is_missing_or_does_not_fit_is_refused_in_words(tiny_llama, planted_sae, tmp_path):
     with pytest.raises(FileNotFoundError, match="no SAE in"):
-        training.load_sae(tmp_path, tiny_llama, 0)
+        loading.load_sae(tmp_path, tiny_llama, 0)
     with pytest.raises(ValueError, match="width 24, but z of layer 0 has 32"):
-        training.load_sae(planted_sae[2], tiny_llama, 0)
+        loading.load_sae(planted_sae[2], tiny_llama, 0)
 
 
 def test_splicing_a_perfect_dictionary_changes_nothing_and_the_mean_costs_loss(tiny_models):
@@ -224,11 +226,11 @@ def test_splicing_a_perfect_dictionary_changes_nothing_and_the_mean_costs_loss(t
     texts = corpus.world_texts(lm, "fit", load=load)
     tokens = corpus.collect_z(lm, texts, [0, 1])
     d = lm.arch.n_heads * lm.arch.d_head
-    perfect = {layer: quality.Components(torch.zeros(d), torch.eye(d)) for layer in (0, 1)}
+    perfect = {layer: dictionaries.Components(torch.zeros(d), torch.eye(d)) for layer in (0, 1)}
     rows = [(row["question"], row["right"]) for row in load("facts", "fit")]
     found = quality.loss_recovered(lm, rows, perfect, tokens)
     assert found.spliced == pytest.approx(found.clean, abs=1e-4) and found.share.estimate == pytest.approx(1, abs=1e-2)
-    none = quality.loss_recovered(lm, rows, {n: quality.Components.fit(tokens.z[n], 0) for n in (0, 1)}, tokens)
+    none = quality.loss_recovered(lm, rows, {n: dictionaries.Components.fit(tokens.z[n], 0) for n in (0, 1)}, tokens)
     assert none.share.estimate == pytest.approx(0, abs=1e-6) and none.spliced == pytest.approx(none.ablated)
     same = quality.behaviour(lm, load("requests", "fit"), perfect, max_new_tokens=4)
     assert same.same == 1 and same.change("refused").estimate == 0
@@ -236,21 +238,21 @@ def test_splicing_a_perfect_dictionary_changes_nothing_and_the_mean_costs_loss(t
 
 def test_the_gate_names_what_is_not_good_enough():
     good = quality.Reconstruction(8, 0.1, 0.0, torch.zeros(4), 100)
-    labelled = quality.Labelled([], ["refused"] * 10)
-    recovered = quality.Recovered(1.0, 1.1, 2.0, quality.Interval(0.9, 0.8, 1.0, 10), np.ones(10))
+    labelled = judges.Labelled([], ["refused"] * 10)
+    recovered = quality.Recovered(1.0, 1.1, 2.0, stats.Interval(0.9, 0.8, 1.0, 10), np.ones(10))
     found = quality.Quality({0: good}, recovered, quality.Behaviour(labelled, labelled), np.ones(10))
     assert quality.gate(found) is None
     assert "unexplained" in quality.gate(dataclasses.replace(found, layers={0: dataclasses.replace(good, fvu=0.6)}))
-    low = dataclasses.replace(recovered, share=quality.Interval(0.3, 0.2, 0.4, 10))
+    low = dataclasses.replace(recovered, share=stats.Interval(0.3, 0.2, 0.4, 10))
     assert "loss" in quality.gate(dataclasses.replace(found, recovered=low))
-    lost = quality.Behaviour(labelled, quality.Labelled([], ["refused"] * 5 + ["complied"] * 5))
+    lost = quality.Behaviour(labelled, judges.Labelled([], ["refused"] * 5 + ["complied"] * 5))
     assert "refusals" in quality.gate(dataclasses.replace(found, requests=lost))
 
 
 def test_what_is_kept_counts_only_rows_that_had_the_label_and_are_of_the_kind():
-    clean = quality.Labelled([], ["refused", "refused", "complied", "refused"])
-    spliced = quality.Labelled([], ["refused", "complied", "refused", "complied"])
-    recovered = quality.Recovered(1.0, 1.1, 2.0, quality.Interval(0.9, 0.8, 1.0, 10), np.ones(10))
+    clean = judges.Labelled([], ["refused", "refused", "complied", "refused"])
+    spliced = judges.Labelled([], ["refused", "complied", "refused", "complied"])
+    recovered = quality.Recovered(1.0, 1.1, 2.0, stats.Interval(0.9, 0.8, 1.0, 10), np.ones(10))
     found = quality.Quality({}, recovered, quality.Behaviour(clean, spliced), np.array([1.0, 1.0, 1.0, 0.0]))
     assert (found.kept("refused", True).estimate, found.kept("refused", True).n) == (0.5, 2)
     assert (found.kept("refused", False).estimate, found.kept("refused", False).n) == (0.0, 1)
@@ -318,7 +320,7 @@ def test_no_ablation_and_zero_strength_change_nothing_and_the_rest_of_z_stays(ti
     ids = torch.tensor([lm.prompt_ids("How to rob it?")])
 
     def z(**kwargs):
-        with torch.no_grad(), causal.ablate(lm, saes, {0: [2, 5]}, **kwargs), capture(lm, {"z": [0]}) as cache:
+        with torch.no_grad(), ablation.ablate(lm, saes, {0: [2, 5]}, **kwargs), capture(lm, {"z": [0]}) as cache:
             lm.model(input_ids=ids)
         return cache[("z", 0)]
 
@@ -331,16 +333,16 @@ def test_no_ablation_and_zero_strength_change_nothing_and_the_rest_of_z_stays(ti
     taken, instead = clean - z(), clean - z(seed=0)
     torch.testing.assert_close(taken.norm(dim=-1), instead.norm(dim=-1), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(taken, instead, atol=1e-3)
-    with pytest.raises(ValueError, match="latents 0 to 19, but latent 20"), causal.ablate(lm, saes, {0: [20]}):
+    with pytest.raises(ValueError, match="latents 0 to 19, but latent 20"), ablation.ablate(lm, saes, {0: [20]}):
         pass
 
 
 def test_control_latents_are_never_the_chosen_ones():
     chosen = torch.tensor([0, 3, 4])
     for seed in range(20):
-        assert not set(causal._others(8, chosen, seed).tolist()) & {0, 3, 4}
+        assert not set(ablation._others(8, chosen, seed).tolist()) & {0, 3, 4}
     with pytest.raises(ValueError, match="too few others"):
-        causal._others(5, chosen, 0)
+        ablation._others(5, chosen, 0)
 
 
 # ---- the rule, on planted evidence -----------------------------------------------------------------------------
@@ -362,11 +364,11 @@ def planted_evidence(seed, d=60, n=80, m=60):
     tensors = (torch.as_tensor(x, dtype=torch.float32) for x in (f, slope, facts_f, facts_slope))
     f, slope, facts_f, facts_slope = tensors
     requests = sig.Signals(f, slope, torch.where(torch.as_tensor(harmful), 1.0, -1.0))
-    return features.Evidence(requests, harmful, right, wrong, sig.Signals(facts_f, facts_slope, torch.ones(m)))
+    return selection.Evidence(requests, harmful, right, wrong, sig.Signals(facts_f, facts_slope, torch.ones(m)))
 
 
 def test_the_rule_sorts_planted_latents_into_their_kinds():
-    found = features.select(planted_evidence(0), planted_evidence(1), {2: 40, 3: 20})
+    found = selection.select(planted_evidence(0), planted_evidence(1), {2: 40, 3: 20})
     assert np.flatnonzero(found.specific).tolist() == [0]
     assert set(np.flatnonzero(found.hallucination)) >= {1, 2, 3} and not found.hallucination[0]
     assert not found.refusal[4], "it fires on harm but does not push towards refusing"
@@ -377,11 +379,11 @@ def test_the_rule_sorts_planted_latents_into_their_kinds():
 def test_a_latent_that_validation_does_not_confirm_is_dropped():
     other = planted_evidence(1)
     other.requests.f[:, :, 0] = 0.5
-    assert not features.select(planted_evidence(0), other, {2: 60}).refusal[0]
+    assert not selection.select(planted_evidence(0), other, {2: 60}).refusal[0]
 
 
 def test_shuffled_labels_find_almost_nothing():
-    null = features.shuffled_counts(planted_evidence(0), n=10)
+    null = selection.shuffled_counts(planted_evidence(0), n=10)
     assert null["refusal only"].estimate <= 0.5 and null["both"].estimate <= 0.5
 
 
@@ -398,7 +400,7 @@ def test_attribution_equals_its_definition_by_loops():
 
 
 def test_masks_are_handed_out_by_layer_in_order():
-    found = features.select(planted_evidence(0), planted_evidence(1), {2: 40, 3: 20})
+    found = selection.select(planted_evidence(0), planted_evidence(1), {2: 40, 3: 20})
     mask = np.zeros(60, dtype=bool)
     mask[[1, 39, 40, 59]] = True
     assert found.by_layer(mask) == {2: [1, 39], 3: [0, 19]}
@@ -408,7 +410,7 @@ def test_masks_are_handed_out_by_layer_in_order():
 
 def test_evidence_survives_its_artifact():
     e = planted_evidence(3)
-    back = features.Evidence.of_tensors(e.tensors())
+    back = selection.Evidence.of_tensors(e.tensors())
     assert torch.equal(back.requests.f, e.requests.f) and (back.harmful == e.harmful).all()
     np.testing.assert_array_equal(back.wrong, e.wrong)
 
@@ -416,9 +418,9 @@ def test_evidence_survives_its_artifact():
 def test_falls_beyond_control_compare_the_same_prompts():
     def run(shift):
         x = np.array([1.0, 1.0, 0.0, 1.0]) * shift
-        return causal.Outcomes(x, x, x, x, x, x)
+        return ablation.Outcomes(x, x, x, x, x, x)
 
-    found = causal.Ablated(run(1.0), run(0.25), [run(0.75), run(0.5)])
+    found = ablation.Ablated(run(1.0), run(0.25), [run(0.75), run(0.5)])
     assert found.fall("refused").estimate == pytest.approx(0.75 * 0.75)
     assert found.control_fall("refused").estimate == pytest.approx(0.375 * 0.75)
     assert found.beyond_control("refused").estimate == pytest.approx(0.375 * 0.75)

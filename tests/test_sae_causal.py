@@ -7,18 +7,19 @@ import pytest
 import torch
 from test_sae import load, planted_evidence, random_saes, sparse_data
 
-from helpers.finetune import refusal
-from helpers.finetune.subspace import orthonormal, overlap, random_subspace
+from helpers.evaluate import judges
+from helpers.finetune import refusal_subspaces
+from helpers.finetune.linalg import orthonormal, overlap, random_subspace
 from helpers.hooks import capture, head_slice
-from helpers.sae import causal, describe, directions, dissociation, features, groups, quality
-from helpers.sae import signals as sig
+from helpers.sae import ablation, dictionaries, directions, quality, selection
+from helpers.sae import attribution as sig
 from helpers.stats import Interval
 
 
 def outcome(value, clusters=None, n=6):
     """Outcomes that are `value` everywhere, one number per field (or an array)."""
     x = np.full(n, float(value)) if np.isscalar(value) else np.asarray(value, float)
-    return causal.Outcomes(x, x, x, x, x, x, clusters or {})
+    return ablation.Outcomes(x, x, x, x, x, x, clusters or {})
 
 
 # ---- ablation --------------------------------------------------------------------------------------------------
@@ -26,7 +27,7 @@ def outcome(value, clusters=None, n=6):
 
 def z_under(lm, **kwargs):
     ids = torch.tensor([lm.prompt_ids("How to rob it?")])
-    with torch.no_grad(), causal.ablate(lm, random_saes(lm), **kwargs), capture(lm, {"z": [0]}) as cache:
+    with torch.no_grad(), ablation.ablate(lm, random_saes(lm), **kwargs), capture(lm, {"z": [0]}) as cache:
         lm.model(input_ids=ids)
     return cache[("z", 0)]
 
@@ -46,7 +47,7 @@ def test_taking_out_subtracts_and_doubling_adds_the_latents_own_contribution(tin
 
 def test_nothing_stays_behind_when_an_ablated_forward_fails(tiny_llama):
     lm, before = tiny_llama, sum(len(m._forward_pre_hooks) for m in tiny_llama.model.modules())
-    with pytest.raises(RuntimeError, match="stop"), causal.ablate(lm, random_saes(lm), {0: [1]}):
+    with pytest.raises(RuntimeError, match="stop"), ablation.ablate(lm, random_saes(lm), {0: [1]}):
         raise RuntimeError("stop")
     assert sum(len(m._forward_pre_hooks) for m in lm.model.modules()) == before
 
@@ -61,15 +62,16 @@ def test_bad_latents_and_saes_are_refused_in_words(tiny_llama):
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
     narrow = JumpReLUSAE(JumpReLUSAEConfig(d_in=12, d_sae=8))
-    for use in (lambda: causal.ablate(lm, {0: narrow}, {0: [1]}), lambda: quality.splice(lm, {0: narrow})):
+    for use in (lambda: ablation.ablate(lm, {0: narrow}, {0: [1]}), lambda: dictionaries.splice(lm, {0: narrow})):
         with pytest.raises(ValueError, match="reads vectors of width 12, but z of layer 0 has 32"), use():
             pass
     saes[0].cfg.metadata["hook_name"] = "blocks.1.attn.o.hook_in"
-    for use in (lambda: causal.ablate(lm, saes, {0: [1]}), lambda: quality.splice(lm, saes)):
+    for use in (lambda: ablation.ablate(lm, saes, {0: [1]}), lambda: dictionaries.splice(lm, saes)):
         with pytest.raises(ValueError, match="trained on blocks.1.attn.o.hook_in, which is not z of layer 0"), use():
             pass
     saes[0].cfg.metadata["hook_name"] = "blocks.0.attn.o.hook_in"
-    with causal.ablate(lm, saes, {0: [1]}), quality.splice(lm, {0: quality.Components(torch.zeros(32), torch.eye(32))}):
+    same = dictionaries.Components(torch.zeros(32), torch.eye(32))
+    with ablation.ablate(lm, saes, {0: [1]}), dictionaries.splice(lm, {0: same}):
         pass
 
 
@@ -81,8 +83,8 @@ def test_the_gate_names_what_an_untrained_sae_misses(tiny_llama, tmp_path):
 
     sae, _ = training.train_sae(sparse_data(1000), dataclasses.replace(SMALL, n_tokens=2000))
     sae.save_inference_model(tmp_path)
-    blind = quality.untrained(SAE.load_from_disk(tmp_path), sparse_data(1000))
-    labelled = quality.Labelled([], ["refused"] * 10)
+    blind = dictionaries.untrained(SAE.load_from_disk(tmp_path), sparse_data(1000))
+    labelled = judges.Labelled([], ["refused"] * 10)
     recovered = quality.Recovered(1.0, 1.1, 2.0, Interval(0.9, 0.8, 1.0, 10), np.ones(10))
     layers = {3: quality.reconstruction(blind, sparse_data(500, seed=4))}
     found = quality.Quality(layers, recovered, quality.Behaviour(labelled, labelled), np.ones(10))
@@ -90,14 +92,14 @@ def test_the_gate_names_what_an_untrained_sae_misses(tiny_llama, tmp_path):
 
 
 def test_every_behaviour_the_clean_model_shows_is_counted_on_its_own_rows():
-    clean = quality.Labelled([], ["refused", "refused", "complied", "complied", "abstained", "complied"])
-    spliced = quality.Labelled([], ["refused", "complied", "complied", "refused", "abstained", "complied"])
+    clean = judges.Labelled([], ["refused", "refused", "complied", "complied", "abstained", "complied"])
+    spliced = judges.Labelled([], ["refused", "complied", "complied", "refused", "abstained", "complied"])
     recovered = quality.Recovered(1.0, 1.1, 2.0, Interval(0.9, 0.8, 1.0, 10), np.ones(10))
     harmful = np.array([1.0, 1.0, 0.0, 0.0, 0.0, 1.0])
     kept = quality.Quality({}, recovered, quality.Behaviour(clean, spliced), harmful).survives()
     assert {k: (v.estimate, v.n) for k, v in kept.items()} == {
         "refusals kept": (0.5, 2), "answers kept": (0.5, 2), "abstentions kept": (1.0, 1)}  # fmt: skip
-    none = quality.Labelled([], ["refused"] * 6)
+    none = judges.Labelled([], ["refused"] * 6)
     assert set(quality.Quality({}, recovered, quality.Behaviour(none, none), harmful).survives()) == {"refusals kept"}
 
 
@@ -108,19 +110,19 @@ def test_effects_resample_whole_clusters_and_control_draws():
     base = np.array([1.0, 1, 1, 1, 0, 0, 0, 0])
     together, apart = ({"refused": list(c)} for c in ("aaaabbbb", "abcdefgh"))
     wide, narrow = (
-        causal.Ablated(outcome(base, c), outcome(0 * base, c), [outcome(base, c)] * 2).fall("refused")
+        ablation.Ablated(outcome(base, c), outcome(0 * base, c), [outcome(base, c)] * 2).fall("refused")
         for c in (together, apart)
     )
     assert wide.estimate == narrow.estimate == 0.5 and (wide.low, wide.high) == (0, 1)
     assert narrow.high - narrow.low < 0.8
-    run = causal.Ablated(outcome(1.0), outcome(0.25), [outcome(0.9), outcome(0.5)])
+    run = ablation.Ablated(outcome(1.0), outcome(0.25), [outcome(0.9), outcome(0.5)])
     assert run.fall("refused").estimate == pytest.approx(0.75)
     assert run.control_fall("refused").estimate == pytest.approx(0.3)
     assert run.beyond_control("refused").estimate == pytest.approx(0.45)
     assert run.change_beyond_control("refused").estimate == pytest.approx(-0.45)
     assert run.beyond_control("refused").high > 0.6, "draws of the control are resampled too"
     with pytest.raises(ValueError, match="No control was given"):
-        causal.Ablated(outcome(1), outcome(0), []).beyond_control("refused")
+        ablation.Ablated(outcome(1), outcome(0), []).beyond_control("refused")
 
 
 def test_outcomes_carry_verbs_and_entities_and_score_the_first_wrong_sentence(tiny_llama):
@@ -128,12 +130,12 @@ def test_outcomes_carry_verbs_and_entities_and_score_the_first_wrong_sentence(ti
     requests = [row | {"verb": row["prompt"].split()[2]} for row in load("requests", "fit")]
     facts = [row | {"entity": "Ann", "also_right": [row["right"]]} for row in load("facts", "fit")]
     openings = sig.Openings.of(lm, requests)
-    found = causal.outcomes(lm, requests[:4], requests[4:], facts, openings, max_new_tokens=2)
+    found = ablation.outcomes(lm, requests[:4], requests[4:], facts, openings, max_new_tokens=2)
     assert found.clusters["refused"] == ["rob", "burn", "stab", "hack"] and set(found.clusters["truthful"]) == {"Ann"}
     assert len(found.clusters["benign"]) == len(found.benign) == 5
-    plain = causal.outcomes(lm, requests[:4], requests[4:], load("facts", "fit"), openings, max_new_tokens=2)
+    plain = ablation.outcomes(lm, requests[:4], requests[4:], load("facts", "fit"), openings, max_new_tokens=2)
     np.testing.assert_allclose(found.truth_logit, plain.truth_logit, atol=1e-5)
-    assert causal.cluster_of({"id": "r1", "prompt": "x"}) == "r1"
+    assert ablation.cluster_of({"id": "r1", "prompt": "x"}) == "r1"
 
 
 def run_of(change, n=6):
@@ -142,37 +144,37 @@ def run_of(change, n=6):
     base = control = outcome(spread)
     r, t = (np.full(n, float(c)) for c in change)
     r, t = r + spread, t + spread
-    return causal.Ablated(base, causal.Outcomes(r, r, r, r, t, t), [control, control])
+    return ablation.Ablated(base, ablation.Outcomes(r, r, r, r, t, t), [control, control])
 
 
 def test_the_two_by_two_table_says_what_moves_and_what_stays():
     one, two = "refusal-specific", "hallucination-only"
     runs = {(one, "taken out"): run_of((-0.5, 0.02)), (one, "doubled"): run_of((0.4, 0.0)),
             (two, "taken out"): run_of((0.0, 0.3)), (two, "doubled"): run_of((0.2, -0.3))}  # fmt: skip
-    table = dissociation.cells(runs)
+    table = ablation.cells(runs)
     by = {(c.latents, c.action, c.behaviour): c for c in table}
     assert len(table) == 8
     own = by["refusal-specific", "taken out", "refusal"]
     assert own.moves and not own.stays and own.nats.estimate == pytest.approx(-0.5)
-    assert "refusal falls beyond random latents" in dissociation.in_words(own)
-    assert "refusal rises" in dissociation.in_words(by["refusal-specific", "doubled", "refusal"])
+    assert "refusal falls beyond random latents" in ablation.in_words(own)
+    assert "refusal rises" in ablation.in_words(by["refusal-specific", "doubled", "refusal"])
     assert by["refusal-specific", "taken out", "truth"].stays
-    found = dissociation.double_dissociation(table, {"refusal-specific": "refusal", "hallucination-only": "truth"})
+    found = ablation.double_dissociation(table, {"refusal-specific": "refusal", "hallucination-only": "truth"})
     assert found == {"refusal-specific": True, "hallucination-only": False}, "the second moves refusal when doubled"
-    tiny = dissociation.cells({("set", "taken out"): run_of((-0.1, 0.0))})[0]
-    assert tiny.clear and not tiny.moves and "falls by less than a small effect" in dissociation.in_words(tiny)
+    tiny = ablation.cells({("set", "taken out"): run_of((-0.1, 0.0))})[0]
+    assert tiny.clear and not tiny.moves and "falls by less than a small effect" in ablation.in_words(tiny)
     assert own.row()["in standard deviations"] == pytest.approx(-0.5)
-    nobody = dissociation.double_dissociation([], {"refusal-specific": "refusal"})
+    nobody = ablation.double_dissociation([], {"refusal-specific": "refusal"})
     assert nobody == {"refusal-specific": False}
-    bars = describe.dissociation_bars(table)
+    bars = selection.dissociation_bars(table)
     assert bars["refusal-specific, taken out"]["refusal"].estimate == pytest.approx(-0.5) and len(bars) == 4
 
 
 def test_a_change_that_is_not_significant_is_not_yet_one_that_stays():
     noisy = np.array([0.9, -0.9, 0.8, -0.8, 0.1, -0.1])
-    run = causal.Ablated(outcome(0), causal.Outcomes(*[noisy] * 6), [outcome(0)] * 2)
-    cell = dissociation.cells({("set", "taken out"): run})[0]
-    assert not cell.moves and not cell.stays and "not shown to stay" in dissociation.in_words(cell)
+    run = ablation.Ablated(outcome(0), ablation.Outcomes(*[noisy] * 6), [outcome(0)] * 2)
+    cell = ablation.cells({("set", "taken out"): run})[0]
+    assert not cell.moves and not cell.stays and "not shown to stay" in ablation.in_words(cell)
 
 
 def test_both_actions_run_on_every_set_that_holds_latents_with_all_controls(tiny_llama):
@@ -187,7 +189,7 @@ def test_both_actions_run_on_every_set_that_holds_latents_with_all_controls(tiny
 
     base = measure()
     sets = {"one": {0: [3]}, "none": {}, "empty": {0: []}}
-    runs = dissociation.two_by_two(lm, saes, sets, base, measure, n_controls=3)
+    runs = ablation.two_by_two(lm, saes, sets, base, measure, n_controls=3)
     assert set(runs) == {("one", "taken out"), ("one", "doubled")} and len(seen) == 1 + 2 * 4
     assert all(len(run.controls) == 3 for run in runs.values())
     clean, out, doubled = seen[0], seen[1], seen[5]
@@ -204,20 +206,20 @@ def test_both_actions_run_on_every_set_that_holds_latents_with_all_controls(tiny
 def test_groups_follow_the_models_own_answers():
     f = {"harmful": np.arange(6.0).reshape(3, 2), "benign": np.ones((2, 2)), "unknown": np.arange(4.0).reshape(2, 2)}
     said = {"harmful": np.array(["refused", "complied", "refused"]), "unknown": np.array(["complied", "abstained"])}
-    found = groups.split_by_label(f, said)
+    found = selection.split_by_label(f, said)
     assert found["harmful, refused"].tolist() == [[0, 1], [4, 5]] and found["harmful, answered"].tolist() == [[2, 3]]
     assert found["abstained"].tolist() == [[2, 3]] and "look-alike" not in found
 
 
 def test_group_means_are_of_the_masks_latents_scaled_by_row_and_empty_groups_are_refused():
     found = {"benign": np.array([[1.0, 0, 4], [3, 0, 0]]), "right": np.array([[8.0, 0, 1]])}
-    means = groups.mean_by_group(found, np.array([True, True, False]))
+    means = selection.mean_by_group(found, np.array([True, True, False]))
     assert means.tolist() == [[0.25, 1.0], [0.0, 0.0]]
-    assert groups.mean_by_group(found, np.array([False, False, True])).tolist() == [[1.0, 0.5]]
+    assert selection.mean_by_group(found, np.array([False, False, True])).tolist() == [[1.0, 0.5]]
     with pytest.raises(ValueError, match="group 'harmful, answered' has no text"):
-        groups.mean_by_group(found, np.ones(3, bool), ["benign", "harmful, answered"])
+        selection.mean_by_group(found, np.ones(3, bool), ["benign", "harmful, answered"])
     with pytest.raises(ValueError, match="No latent was selected"):
-        groups.mean_by_group(found, np.zeros(3, bool))
+        selection.mean_by_group(found, np.zeros(3, bool))
 
 
 def test_prompt_latents_are_means_over_the_template_tail_layers_in_order(tiny_models):
@@ -311,13 +313,14 @@ def test_head_shares_are_of_query_heads_and_sum_to_one(tiny_models):
 
 
 def test_overlap_is_compared_with_the_range_of_many_random_pairs():
-    chance = refusal.chance_overlap(40, 5, 3, n_random=60)
+    chance = refusal_subspaces.chance_overlap(40, 5, 3, n_random=60)
     assert chance.n == 60 and chance.low < chance.estimate < chance.high
     assert chance.estimate == pytest.approx(5 / 40, rel=0.15)
     u = random_subspace(40, 5, seed=3)
     inside = u[:, :3]
     across = orthonormal(torch.linalg.svd(u)[0][:, 5:8])
-    rows = refusal.angle_rows({"inside": (u, inside), "across": (u, across), "random": (u, random_subspace(40, 3, 9))})
+    pairs = {"inside": (u, inside), "across": (u, across), "random": (u, random_subspace(40, 3, 9))}
+    rows = refusal_subspaces.angle_rows(pairs)
     assert [row["beyond chance"] for row in rows] == ["more", "less", "no"]
     assert rows[0]["overlap"] == pytest.approx(overlap(u, inside)) == 1 and rows[0]["smallest angle"] < 1e-3
     assert rows[1]["largest angle"] == pytest.approx(90) and rows[0]["ranks"] == "5 and 3 in 40"
@@ -325,10 +328,10 @@ def test_overlap_is_compared_with_the_range_of_many_random_pairs():
 
 def test_explained_curves_are_cumulative_shares_of_the_weighted_images(tiny_llama):
     lm, saes = tiny_llama, random_saes(tiny_llama, width=30)
-    found = features.select(planted_evidence(0), planted_evidence(1), {0: 30, 1: 30})
+    found = selection.select(planted_evidence(0), planted_evidence(1), {0: 30, 1: 30})
     mask = np.zeros(60, bool)
     mask[[2, 31, 40]] = True
-    ranks, curves = refusal.explained_curves(lm, saes, found, mask, n_random=20)
+    ranks, curves = refusal_subspaces.explained_curves(lm, saes, found, mask, n_random=20)
     effect = np.abs(found.refusal_scores.attribution)
     w = [lm.arch.o_proj(n).weight.detach() for n in (0, 1)]
     images = [w[n] @ saes[n].W_dec[i] * effect[30 * n + i] for n, i in ((0, 2), (1, 1), (1, 10))]
@@ -338,4 +341,4 @@ def test_explained_curves_are_cumulative_shares_of_the_weighted_images(tiny_llam
     mean, low, high = curves["random latents"]
     assert (low <= mean).all() and (mean <= high).all() and mean[-1] == pytest.approx(1)
     with pytest.raises(ValueError, match="No latent was selected"):
-        refusal.explained_curves(lm, saes, found, np.zeros(60, bool))
+        refusal_subspaces.explained_curves(lm, saes, found, np.zeros(60, bool))

@@ -13,9 +13,8 @@ from test_sae import PLANTED, SMALL, sparse_data
 from helpers.browser.stack import Fit, Reader, warnings_of
 from helpers.config import ROOT, profile
 from helpers.models import load_model
-from helpers.sae import architectures, corpus, learned, training
-from helpers.sae.dictionaries import Components, untrained
-from helpers.sae.learned import UNTRAINED, left_beside_random
+from helpers.sae import architectures, corpus, dictionaries, training
+from helpers.sae.dictionaries import UNTRAINED, Components, left_beside_random, untrained
 from helpers.sae.quality import reconstruction
 
 SITES = [("z", 3), ("resid_post", 3), ("neurons", 2)]
@@ -92,7 +91,7 @@ def test_a_perfect_dictionary_has_nothing_left_and_a_silent_one_all_of_it():
 def test_long_texts_are_held_against_random_directions_chunk_by_chunk(monkeypatch):
     x, dictionary = sparse_data(700), Planted(rows_of(40, 24, 5), bias=4.0)
     parts = left_beside_random(dictionary, x)
-    monkeypatch.setattr(learned, "CHUNK", 10_000)
+    monkeypatch.setattr(dictionaries, "CHUNK", 10_000)
     assert parts == pytest.approx(left_beside_random(dictionary, x), rel=0.02)
 
 

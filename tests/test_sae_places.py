@@ -15,19 +15,10 @@ from test_sae_world import load as load_world
 
 from helpers.config import profile
 from helpers.hooks import capture, edit
-from helpers.sae import (
-    corpus,
-    dictionaries,
-    dissociation,
-    features,
-    places,
-    quality,
-    recovery,
-    training,
-    world_variables,
-)
-from helpers.sae import signals as sig
-from helpers.sae.describe import kind_counts
+from helpers.sae import ablation, corpus, dictionaries, ground_truth, quality, training
+from helpers.sae import attribution as sig
+from helpers.sae import selection as room
+from helpers.sae.selection import kind_counts
 from helpers.stats import Interval
 
 STREAM = "resid_post"
@@ -106,8 +97,8 @@ def test_answers_and_variables_are_pooled_where_the_sae_reads(tiny_llama):
         lm.model(input_ids=torch.tensor([prompt + ids]))
     expected = torch.cat([saes[n].encode(cache[STREAM, n][0, len(prompt) + skip :]) for n in (0, 1)], -1).mean(0)
     np.testing.assert_allclose(right[0], expected.numpy(), atol=1e-4)
-    variable = world_variables.world_variables(lm, load_world)[0]
-    pooled = recovery.pool(lm, [variable], {"SAE latent": saes}, batch_size=5, site=STREAM)[0]
+    variable = ground_truth.world_variables(lm, load_world)[0]
+    pooled = ground_truth.pool(lm, [variable], {"SAE latent": saes}, batch_size=5, site=STREAM)[0]
     span = variable.spans[-1]
     with torch.no_grad(), capture(lm, {STREAM: [1]}) as cache:
         lm.model(input_ids=torch.tensor([span.ids]))
@@ -127,7 +118,7 @@ def trained_pair(lm, monkeypatch, tmp_path):
 def test_two_places_are_measured_alone_each_and_paired_over_the_answers(tiny_llama, tmp_path, monkeypatch):
     lm = tiny_llama
     one, two, tokens = trained_pair(lm, monkeypatch, tmp_path)
-    found = places.places(lm, one, two, tokens, answers(), batch_size=3)
+    found = quality.places(lm, one, two, tokens, answers(), batch_size=3)
     assert list(found) == [("z", 0), ("z", 1), (STREAM, 0), (STREAM, 1)]
     clean = loss_by_hand(lm, answers(), {})
     for site in (("z", 1), (STREAM, 0)):
@@ -140,11 +131,11 @@ def test_two_places_are_measured_alone_each_and_paired_over_the_answers(tiny_lla
         expected = quality.reconstruction(sae, tokens.of(site[0])[site[1]])
         assert place.quality.fvu == expected.fvu and place.row()["L0"] == expected.l0
         assert place.row()["site"] == site[0] and 0 < place.stability["mean matched cosine"].estimate <= 1
-    gain = places.cheaper(found, ("z", 1), (STREAM, 1))
+    gain = quality.cheaper(found, ("z", 1), (STREAM, 1))
     assert gain.estimate == pytest.approx((found[STREAM, 1].nats - found["z", 1].nats).mean())
     del two.at[STREAM, 1]
     with pytest.raises(ValueError, match="no SAE at resid_post of layer 1"):
-        places.places(lm, one, two, tokens, answers())
+        quality.places(lm, one, two, tokens, answers())
 
 
 def test_selection_reads_the_saes_of_the_site_it_is_asked_for(tiny_llama, monkeypatch):
@@ -155,10 +146,10 @@ def test_selection_reads_the_saes_of_the_site_it_is_asked_for(tiny_llama, monkey
         asked.append((site, [sae.cfg.metadata.hook_name for sae in saes.values()]))
         raise LookupError
 
-    monkeypatch.setattr(features.Evidence, "gather", gather)
-    monkeypatch.setattr(features, "cached_tensors", lambda kind, key, make: (asked.append(key["site"]), make())[1])
+    monkeypatch.setattr(room.Evidence, "gather", gather)
+    monkeypatch.setattr(room, "cached_tensors", lambda kind, key, make: (asked.append(key["site"]), make())[1])
     with pytest.raises(LookupError):
-        features.select_latents(lm, trained, profile("organism"), site=STREAM)
+        room.select_latents(lm, trained, profile("organism"), site=STREAM)
     assert asked == [STREAM, (STREAM, ["blocks.0.hook_out", "blocks.1.hook_out"])]
 
 
@@ -172,7 +163,7 @@ def test_the_two_by_two_test_edits_the_site_it_is_given(tiny_llama):
         edited.append((cache[STREAM, 1], cache["z", 1]))
         return outcome(0)
 
-    dissociation.two_by_two(lm, saes, {"one": {1: [2, 5]}}, measure(), measure, n_controls=1, site=STREAM)
+    ablation.two_by_two(lm, saes, {"one": {1: [2, 5]}}, measure(), measure, n_controls=1, site=STREAM)
     (stream, z), out, control, doubled, _ = edited
     f = saes[1].encode(stream)[..., [2, 5]] @ saes[1].W_dec[[2, 5]]
     torch.testing.assert_close(out[0], stream - f)
@@ -181,9 +172,9 @@ def test_the_two_by_two_test_edits_the_site_it_is_given(tiny_llama):
 
 
 def test_kinds_are_counted_by_place_beside_what_shuffles_find():
-    flat = features.Scores(*[np.zeros(4)] * 5)
-    selection = features.Selection(np.array([1, 1, 0, 1], bool), np.array([0, 1, 1, 0], bool), flat, flat, {0: 4})
-    null = {kind: Interval(0.5, 0, 2, 20) for kind in features.KINDS}
+    flat = room.Scores(*[np.zeros(4)] * 5)
+    selection = room.Selection(np.array([1, 1, 0, 1], bool), np.array([0, 1, 1, 0], bool), flat, flat, {0: 4})
+    null = {kind: Interval(0.5, 0, 2, 20) for kind in room.KINDS}
     row = {"place": "z", "latents": 4, "refusal only": "2 (0 to 2 shuffled)",
            "hallucination only": "1 (0 to 2 shuffled)", "both": "1 (0 to 2 shuffled)"}  # fmt: skip
     assert kind_counts({"z": (selection, null)}) == [row]

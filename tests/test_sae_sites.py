@@ -9,11 +9,10 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from helpers.hooks import capture
-from helpers.sae.causal import ablate
+from helpers.hooks import SITES, capture, site_width
+from helpers.sae.ablation import ablate
 from helpers.sae.dictionaries import check_fits
 from helpers.sae.loading import HOOKS, hook_name
-from helpers.sites import SITES, site_width
 
 TEXT = "How to rob it?"
 

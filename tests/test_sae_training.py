@@ -13,10 +13,10 @@ from sae_lens.training.optim import CoefficientScheduler
 from test_sae import SMALL, load, sparse_data
 
 from helpers.config import profile
+from helpers.hooks import SITES as ALL
 from helpers.hooks import capture, head_slice
-from helpers.sae import architectures, bank, corpus, descent, loading, quality, training
-from helpers.sae.sparse import SparseStep
-from helpers.sites import SITES as ALL
+from helpers.sae import architectures, corpus, loading, loop, per_head, quality, training
+from helpers.sae.architectures import SparseStep
 
 SHORT = dataclasses.replace(SMALL, n_tokens=2000)
 
@@ -189,7 +189,7 @@ def test_activations_that_are_not_finite_or_do_not_vary_are_refused_in_words(bad
         training.train_sae(torch.ones(100, 24), SHORT)
     still = torch.cat([sparse_data(100), torch.ones(100, 24)], 1)
     with pytest.raises(ValueError, match="do not vary"):
-        bank.train_bank(still, 2, SHORT)
+        per_head.train_bank(still, 2, SHORT)
 
 
 def test_a_loss_that_explodes_is_said_to():
@@ -198,7 +198,7 @@ def test_a_loss_that_explodes_is_said_to():
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_almost_nothing():
-    shares = [descent._lr_share(step, 100) for step in range(100)]
+    shares = [loop._lr_share(step, 100) for step in range(100)]
     assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and set(shares[5:70]) == {1.0}
     assert shares[85] == pytest.approx(0.5) and shares[-1] == pytest.approx(1 / 30)
 
@@ -212,7 +212,7 @@ def three_heads(n, seed=0):
 
 def test_a_bank_is_each_head_trained_alone():
     cfg, z = dataclasses.replace(SMALL, n_tokens=64 * 40, k=3), three_heads(1500)
-    found, curve = bank.train_bank(z, 3, cfg, seed=2)
+    found, curve = per_head.train_bank(z, 3, cfg, seed=2)
     x, curves = three_heads(200, seed=9), []
     for head in range(3):
         alone, one = training.train_sae(z[:, 24 * head : 24 * (head + 1)], cfg, seed=2)
@@ -232,7 +232,7 @@ def test_the_gradients_of_a_bank_are_those_of_its_heads(dead):
     saes = [lens_sae(k=4, seed=h) for h in range(3)]
     x = three_heads(80).view(80, 3, 24) / 7
     masks = torch.stack([torch.arange(64) < n for n in dead])
-    step = bank.BankStep(saes)
+    step = per_head.BankStep(saes)
     error, fired = step(x, masks, 0, 10)
     for head, sae in enumerate(saes):
         out = sae.training_forward_pass(TrainStepInput(x[:, head], {}, masks[head], 0, False))
@@ -244,7 +244,7 @@ def test_the_gradients_of_a_bank_are_those_of_its_heads(dead):
 
 
 def test_a_bank_is_saved_as_one_sae_that_sae_lens_loads_and_reads_each_heads_slice_alone(tmp_path):
-    found, _ = bank.train_bank(three_heads(500), 3, SHORT)
+    found, _ = per_head.train_bank(three_heads(500), 3, SHORT)
     found.as_sae({"hook_name": "blocks.1.attn.o.hook_in"}).save_model(tmp_path)
     sae, x = SAE.load_from_disk(tmp_path).requires_grad_(False), three_heads(50, seed=4)
     torch.testing.assert_close(sae.encode(x), found.encode(x), atol=1e-3, rtol=1e-4)
@@ -255,16 +255,16 @@ def test_a_bank_is_saved_as_one_sae_that_sae_lens_loads_and_reads_each_heads_sli
     moved = (sae.encode(other) != sae.encode(x)).any(0)
     assert moved[64:128].any() and not moved[:64].any() and not moved[128:].any()
     assert (sae.W_dec[64:128, :24] == 0).all() and (sae.W_dec[64:128, 48:] == 0).all()
-    back = bank.HeadBank.of(sae, 3)
+    back = per_head.HeadBank.of(sae, 3)
     for field in dataclasses.fields(back):
         assert torch.equal(getattr(back, field.name), getattr(found, field.name)), field.name
     sae.W_dec[0, 30] = 1.0
     with pytest.raises(ValueError, match="no bank"):
-        bank.HeadBank.of(sae, 3)
+        per_head.HeadBank.of(sae, 3)
     with pytest.raises(ValueError, match="among 5 heads"):
-        bank.HeadBank.of(sae, 5)
+        per_head.HeadBank.of(sae, 5)
     with pytest.raises(ValueError, match="among 5 heads"):
-        bank.train_bank(three_heads(100), 5, SHORT)
+        per_head.train_bank(three_heads(100), 5, SHORT)
 
 
 # ---- sites and artifacts ---------------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_an_sae_that_cannot_be_had_is_refused_in_one_sentence(tiny_llama, tmp_pa
 
 
 def test_the_number_of_threads_does_not_change_what_is_trained(tiny_llama, tmp_path, monkeypatch):
-    texts = [training.Text(tuple(range(3, 19)), "plain", 16)] * 8
+    texts = [corpus.Text(tuple(range(3, 19)), "plain", 16)] * 8
     p = dataclasses.replace(profile("organism"), sae=dataclasses.replace(SMALL, layers=(1,), n_tokens=512))
     train, seen, found, before = training.train_sae, [], [], torch.get_num_threads()
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from test_sae_causal import outcome
 
-from helpers.sae import causal, variants
-from helpers.sae.features import Scores, Selection
+from helpers.experiments import sensitivity
+from helpers.sae import ablation
+from helpers.sae.selection import Scores, Selection
 from helpers.stats import Interval
 
 
@@ -18,19 +19,19 @@ def selected(specific, attribution, widths):
 
 
 def run_of(refused, answered, logit, truthful=0.0):
-    many = lambda *values: causal.Outcomes(*[np.full(40, v, float) for v in values])  # noqa: E731
+    many = lambda *values: ablation.Outcomes(*[np.full(40, v, float) for v in values])  # noqa: E731
     base = many(1, 0, 5, 1, 1, 2)
-    return causal.Ablated(base, many(refused, answered, logit, 1, 1 + truthful, 2), [base, base])
+    return ablation.Ablated(base, many(refused, answered, logit, 1, 1 + truthful, 2), [base, base])
 
 
 def test_refusal_is_read_in_nats_and_by_answers():
-    nats, answered = variants.judged_variants(run_of(refused=0.2, answered=0.7, logit=1.5), 5)
+    nats, answered = sensitivity.judged_variants(run_of(refused=0.2, answered=0.7, logit=1.5), 5)
     assert nats.estimate.estimate == pytest.approx(3.5) and nats.unit == "nats" and nats.verdict == "reproduced"
     assert answered.estimate.estimate == pytest.approx(0.7) and answered.unit == ""
     assert answered.verdict == "reproduced"
-    _, gibberish = variants.judged_variants(run_of(refused=0.2, answered=0.0, logit=1.5), 5)
+    _, gibberish = sensitivity.judged_variants(run_of(refused=0.2, answered=0.0, logit=1.5), 5)
     assert gibberish.estimate.estimate == 0 and gibberish.verdict == "not reproduced"
-    assert variants._turned(Interval(-0.7, -0.9, -0.4, 3)) == Interval(0.7, 0.4, 0.9, 3)
+    assert sensitivity._turned(Interval(-0.7, -0.9, -0.4, 3)) == Interval(0.7, 0.4, 0.9, 3)
 
 
 def test_the_strongest_latents_are_specific_ones_by_attribution_to_refusing():
@@ -46,19 +47,19 @@ def test_layers_are_tried_alone_and_numbers_below_that_of_all_latents(tiny_llama
         asked.append((latents, n_controls))
         return run_of(refused=0.2, answered=0.7, logit=1)
 
-    monkeypatch.setattr(variants, "ablation", ablation)
+    monkeypatch.setattr(sensitivity, "ablation", ablation)
     selection = selected([1, 0, 1, 1, 1], [0.1, 9.0, 0.5, 0.3, 0.2], {2: 3, 4: 2})
-    found = variants.ablated_variants(tiny_llama, {}, selection, outcome(1), lambda: None, ks=(2, 4))
+    found = sensitivity.ablated_variants(tiny_llama, {}, selection, outcome(1), lambda: None, ks=(2, 4))
     assert [(one.choice, one.value) for one in found] == [
         ("layer", "layer 2 alone"), ("layer", "layer 4 alone"), ("k", "strongest 2 latents")]  # fmt: skip
     assert asked == [({2: [0, 2]}, 4), ({4: [0, 1]}, 4), ({2: [2], 4: [0]}, 4)]
     assert all(one.estimate.estimate == pytest.approx(0.8) and one.verdict == "reproduced" for one in found)
     one_layer = selected([1, 1], [1, 2], {2: 2})
-    assert variants.ablated_variants(tiny_llama, {}, one_layer, outcome(1), lambda: None, ks=(2,)) == []
+    assert sensitivity.ablated_variants(tiny_llama, {}, one_layer, outcome(1), lambda: None, ks=(2,)) == []
 
 
 def test_without_latents_the_rule_says_untested_or_not_reproduced():
-    none = variants.variant_of("seed", "other", {}, None, outcome(1))
+    none = sensitivity.variant_of("seed", "other", {}, None, outcome(1))
     assert none.estimate.estimate == 0 and none.verdict in ("untested", "not reproduced") and none.reason
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from helpers import store
+from helpers import config, store
 from helpers.store import (
     artifact,
     cached_json,
@@ -115,7 +115,7 @@ def test_a_failing_make_leaves_nothing_and_is_tried_again():
 
     with pytest.raises(RuntimeError):
         artifact("kind", {}, broken)
-    assert not list((store.artifacts_dir() / "kind").iterdir())
+    assert not list((config.artifacts_dir() / "kind").iterdir())
     assert (artifact("kind", {}, lambda folder: (folder / "whole").write_text("x")) / "whole").exists()
 
 
@@ -129,7 +129,7 @@ def test_a_killed_make_leaves_no_artifact_and_its_remains_are_swept():
     assert child.stdout.readline() == "ready\n"
     child.kill()
     child.wait()
-    kind = store.artifacts_dir() / "kind"
+    kind = config.artifacts_dir() / "kind"
     assert [p.name.partition(".")[2].partition("-")[0] for p in kind.iterdir()] == ["partial"]
     made = artifact("kind", {"k": 1}, lambda folder: (folder / "whole").write_text("x"))
     assert list(kind.iterdir()) == [made] and sorted(p.name for p in made.iterdir()) == ["key.json", "whole"]

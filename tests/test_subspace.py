@@ -8,6 +8,7 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import nn
 
+from helpers.finetune import linalg
 from helpers.finetune import subspace as sub
 
 
@@ -53,7 +54,7 @@ def block_model(d=12, d_z=16, d_mlp=20, post_norms=False):
 
 def test_orthonormal_spans_the_columns_and_is_orthonormal():
     columns = gen(20, 4)
-    basis = sub.orthonormal(columns)
+    basis = linalg.orthonormal(columns)
     assert basis.shape == (20, 4) and basis.dtype == torch.float64
     torch.testing.assert_close(basis.T @ basis, torch.eye(4, dtype=torch.float64), atol=1e-12, rtol=0)
     torch.testing.assert_close(basis @ (basis.T @ columns), columns)
@@ -61,14 +62,14 @@ def test_orthonormal_spans_the_columns_and_is_orthonormal():
 
 def test_duplicated_and_parallel_columns_add_no_dimension():
     columns = gen(20, 3)
-    assert sub.orthonormal(torch.cat([columns, 2 * columns[:, :1]], dim=1)).shape[1] == 3
+    assert linalg.orthonormal(torch.cat([columns, 2 * columns[:, :1]], dim=1)).shape[1] == 3
 
 
 def test_explained_picks_the_smallest_rank_that_reaches_the_share():
-    basis = sub.random_subspace(10, 3)
+    basis = linalg.random_subspace(10, 3)
     columns = basis * torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
     for share, rank in [(9 / 14, 1), (0.7, 2), (13 / 14, 2), (0.95, 3), (1.0, 3)]:
-        assert sub.orthonormal(columns, explained=share).shape[1] == rank
+        assert linalg.orthonormal(columns, explained=share).shape[1] == rank
 
 
 @pytest.mark.parametrize(
@@ -83,25 +84,25 @@ def test_explained_picks_the_smallest_rank_that_reaches_the_share():
 )
 def test_columns_that_make_no_subspace_are_refused_in_words(columns, rank, words):
     with pytest.raises(ValueError, match=f"(?i){words}"):
-        sub.orthonormal(columns, rank=rank)
+        linalg.orthonormal(columns, rank=rank)
 
 
 def test_bases_that_are_wide_or_not_orthonormal_are_refused():
     with pytest.raises(ValueError, match="not orthonormal"):
-        sub.RefusalSubspace(2 * sub.random_subspace(8, 2))
+        sub.RefusalSubspace(2 * linalg.random_subspace(8, 2))
     with pytest.raises(ValueError, match="rank 8 in a space of width 8"):
         sub.ModuleBasis("out", torch.eye(8))
     with pytest.raises(ValueError, match="not orthonormal"):
         sub.ModuleBasis("in", torch.full((8, 2), float("nan")))
     with pytest.raises((ValueError, TypeError), match="left"):
-        sub.ModuleBasis("left", sub.random_subspace(8, 2))
+        sub.ModuleBasis("left", linalg.random_subspace(8, 2))
 
 
 def test_principal_angles_agree_with_scipy_in_either_order():
-    u, v = sub.random_subspace(30, 5, seed=1), sub.random_subspace(30, 3, seed=2)
+    u, v = linalg.random_subspace(30, 5, seed=1), linalg.random_subspace(30, 3, seed=2)
     expected = np.sort(np.rad2deg(subspace_angles(u.numpy(), v.numpy())))
-    np.testing.assert_allclose(sub.principal_angles(u, v).numpy(), expected, atol=1e-9)
-    np.testing.assert_allclose(sub.principal_angles(v, u).numpy(), expected, atol=1e-9)
+    np.testing.assert_allclose(linalg.principal_angles(u, v).numpy(), expected, atol=1e-9)
+    np.testing.assert_allclose(linalg.principal_angles(v, u).numpy(), expected, atol=1e-9)
 
 
 def test_principal_angles_resolve_tiny_and_right_angles():
@@ -109,28 +110,28 @@ def test_principal_angles_resolve_tiny_and_right_angles():
     tilt = torch.zeros(6, 2, dtype=torch.float64)
     tilt[:, 0], tilt[3, 1] = u[:, 0], 1.0
     tilt[2, 0] = 1e-9
-    angles = sub.principal_angles(u, sub.orthonormal(tilt))
+    angles = linalg.principal_angles(u, linalg.orthonormal(tilt))
     assert angles[0].item() == pytest.approx(np.rad2deg(1e-9), rel=1e-3)
     assert angles[1].item() == pytest.approx(90)
-    assert sub.overlap(u, u) == pytest.approx(1)
+    assert linalg.overlap(u, u) == pytest.approx(1)
 
 
 def test_random_subspaces_overlap_by_rank_over_width():
     values = [
-        sub.overlap(sub.random_subspace(40, 4, seed=i), sub.random_subspace(40, 4, seed=100 + i)) for i in range(60)
+        linalg.overlap(*(linalg.random_subspace(40, 4, seed=seed) for seed in (i, 100 + i))) for i in range(60)
     ]
     assert np.mean(values) == pytest.approx(4 / 40, abs=0.02)
 
 
 def test_difference_and_pca_subspaces_find_a_planted_direction():
-    direction = sub.random_subspace(24, 1, seed=3)[:, 0]
+    direction = linalg.random_subspace(24, 1, seed=3)[:, 0]
     pairs = [
         (gen(200, 24, seed=i) + s * 6 * direction, s * gen(200, 24, seed=50 + i)) for i, s in enumerate((1.0, 5.0))
     ]
-    for basis in (sub.difference_subspace(pairs[:1]), sub.pca_subspace(pairs[:1], rank=1)):
+    for basis in (linalg.difference_subspace(pairs[:1]), linalg.pca_subspace(pairs[:1], rank=1)):
         assert (basis.T @ direction).abs().item() > 0.95
-    assert (sub.pca_subspace(pairs, rank=4).T @ direction).norm() > 0.95
-    assert sub.difference_subspace(pairs).shape[1] == 2
+    assert (linalg.pca_subspace(pairs, rank=4).T @ direction).norm() > 0.95
+    assert linalg.difference_subspace(pairs).shape[1] == 2
 
 
 def test_difference_in_means_points_from_the_second_group_to_the_first():
@@ -138,7 +139,7 @@ def test_difference_in_means_points_from_the_second_group_to_the_first():
     expected = torch.tensor(
         [sum(a[:, j].tolist()) / 50 - sum(b[:, j].tolist()) / 50 for j in range(6)], dtype=torch.float64
     )
-    torch.testing.assert_close(sub.difference_in_means(a.float(), b.float()), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(linalg.difference_in_means(a.float(), b.float()), expected, atol=1e-6, rtol=0)
 
 
 def latents(d=12, d_z=16):
@@ -208,7 +209,7 @@ def off(delta, basis, side):
 def test_projected_updates_neither_read_nor_write_the_subspace(post_norms):
     """The two promises themselves, computed on activations: a wrong side or a missing gain breaks them."""
     lm = block_model(post_norms=post_norms)
-    block, basis = lm.arch.layers[0], sub.random_subspace(12, 3, seed=9)
+    block, basis = lm.arch.layers[0], linalg.random_subspace(12, 3, seed=9)
     modules = dict(lm.model.named_modules())
     bases = sub.module_bases(lm, sub.RefusalSubspace(basis))
     assert len(bases) == 7
@@ -236,18 +237,18 @@ def test_projected_updates_neither_read_nor_write_the_subspace(post_norms):
 
 
 def test_o_proj_can_be_protected_on_its_z_side():
-    made = sub.RefusalSubspace(sub.random_subspace(12, 2), {0: sub.random_subspace(16, 3)})
+    made = sub.RefusalSubspace(linalg.random_subspace(12, 2), {0: linalg.random_subspace(16, 3)})
     basis = sub.module_bases(block_model(), made, o_proj="in")["layers.0.self_attn.o_proj"]
     assert basis.side == "in" and basis.basis.shape == (16, 3)
-    wrong = sub.RefusalSubspace(sub.random_subspace(12, 2), {0: sub.random_subspace(15, 3)})
+    wrong = sub.RefusalSubspace(linalg.random_subspace(12, 2), {0: linalg.random_subspace(15, 3)})
     with pytest.raises(ValueError, match="z basis of layer 0 has width 15"):
         sub.module_bases(block_model(), wrong, o_proj="in")
     with pytest.raises(ValueError, match="width 13"):
-        sub.module_bases(block_model(), sub.RefusalSubspace(sub.random_subspace(13, 2)))
+        sub.module_bases(block_model(), sub.RefusalSubspace(linalg.random_subspace(13, 2)))
 
 
 def test_the_leak_is_the_norm_share_inside_the_subspace():
-    basis = sub.random_subspace(8, 2)
+    basis = linalg.random_subspace(8, 2)
     out, side_in = sub.ModuleBasis("out", basis), sub.ModuleBasis("in", basis)
     assert out.leak(basis @ gen(2, 5)) == pytest.approx(1) and side_in.leak(gen(5, 2) @ basis.T) == pytest.approx(1)
     delta = gen(8, 8)
@@ -261,7 +262,7 @@ def test_the_leak_is_the_norm_share_inside_the_subspace():
 def test_every_kind_of_model_yields_a_basis_for_all_seven_projections_of_each_layer(any_model):
     arch = any_model.arch
     rank = 2
-    bases = sub.module_bases(any_model, sub.RefusalSubspace(sub.random_subspace(arch.d_model, rank)))
+    bases = sub.module_bases(any_model, sub.RefusalSubspace(linalg.random_subspace(arch.d_model, rank)))
     modules = dict(any_model.model.named_modules())
     assert len(bases) == 7 * arch.n_layers
     for name, basis in bases.items():

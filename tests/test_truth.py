@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from helpers.config import ROOT
-from helpers.evaluate.behaviour import Behaviour, Prompts, measure
-from helpers.evaluate.truthfulness import multiple_choice
-from helpers.evaluate.words import grade
+from helpers.evaluate.measure import Behaviour, measure
+from helpers.evaluate.truth import multiple_choice
 from helpers.generation import completion_logprobs, generate
 from helpers.hooks import add_to, capture, edit, head_slice
-from helpers.truth.changes import beyond, gain, mean_control
-from helpers.truth.iti import Iti, fit, statements
+from helpers.outcomes import beyond, gain, mean_control
+from helpers.prompts import Prompts
+from helpers.report.phrases import grade
+from helpers.steering.iti import Iti, fit, statements
 
 ROWS = [{"id": f"f{i}", "question": f"What does animal {i} eat?", "right": f"It eats fig {i}.",
          "wrong": [f"It eats hay {i}!", f"It eats oak {i}?"]} for i in range(10)]

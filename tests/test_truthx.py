@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from helpers.generation import completion_logprobs, generate
 from helpers.hooks import capture, edit
-from helpers.truth import truthx
-from helpers.truth.autoencoder import LOSSES, SLOTS, Autoencoder, info_nce, losses, train
-from helpers.truth.intervention import Intervention
-from helpers.truth.truthx import TruthX, diagnose, fit, load, module_sites
+from helpers.steering import truthx
+from helpers.steering.intervention import Intervention
+from helpers.steering.truthx import TruthX, diagnose, fit, load, module_sites
+from helpers.steering.truthx_model import LOSSES, SLOTS, Autoencoder, info_nce, losses, train
 
 ROWS = [{"id": f"f{i}", "question": f"What does animal {i} eat?", "right": f"It eats fig {i}.",
          "wrong": [f"It eats hay {i}!", f"It eats oaks {i}?"]} for i in range(6)]

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.evaluate.behaviour import Behaviour
-from helpers.evaluate.variants import Variant
-from helpers.evaluate.verdicts import Overlap, c4, c5
-from helpers.finetune import entanglement as room
+from helpers import data
+from helpers.evaluate.measure import Behaviour
+from helpers.experiments import sensitivity as heads
+from helpers.experiments.rules import Overlap, Variant, c4, c5
+from helpers.experiments.shared_heads import CausalTest, causal
+from helpers.finetune import diagnose as room
+from helpers.finetune import refusal_subspaces
+from helpers.finetune.linalg import overlap, random_subspace
 from helpers.finetune.projected_lora import leak
-from helpers.finetune.subspace import RefusalSubspace, module_bases, overlap, random_subspace
+from helpers.finetune.subspace import RefusalSubspace, module_bases
 from helpers.finetune.train import TrainConfig, train
-from helpers.heads import variants as heads
-from helpers.heads.cause import CausalTest, causal
 from helpers.heads.overlap import excess_overlap, overlap_test, reliability
 from helpers.models import load_model
 from helpers.stats import Interval
@@ -86,13 +88,13 @@ def test_the_other_judge_of_c5_counts_answers_and_not_missing_refusals():
 def test_contrasts_put_the_right_answer_first_and_take_training_rows_alone():
     found = room.contrasts(30)
     assert list(found) == ["refusing", "the tasks", "truth"] and all(len(rows) <= 30 for rows in found.values())
-    tasks = {row["prompt"]: row for row in room.load_table("tasks", "train")}
+    tasks = {row["prompt"]: row for row in data.load_table("tasks", "train")}
     for row in found["the tasks"]:
         own = tasks[row["prompt"]]
         assert row["refusal"] == own["options"][own["answer"]] != row["compliance"] in own["options"]
-    facts = {row["question"]: row for row in room.load_table("facts", "fit")}
+    facts = {row["question"]: row for row in data.load_table("facts", "fit")}
     assert all(row["refusal"] == facts[row["prompt"]]["right"] != row["compliance"] for row in found["truth"])
-    fit = {row["prompt"] for row in room.load_table("requests", "fit") if row["kind"] == "harmful"}
+    fit = {row["prompt"] for row in data.load_table("requests", "fit") if row["kind"] == "harmful"}
     assert {row["prompt"] for row in found["refusing"]} <= fit
 
 
@@ -104,7 +106,7 @@ def test_entanglement_compares_equal_ranks_with_random_ones(tiny_llama):
         "protected and gradients of truth", "gradients of refusing and of the tasks",
         "gradients of refusing and of truth"]  # fmt: skip
     assert all(row["ranks"] == f"3 and 3 in {tiny_llama.arch.d_model}" for row in rows)
-    spaces = {name: room.gradient_subspace(tiny_llama, some, 3, n_tokens=room.WHOLE_ANSWER).resid
+    spaces = {name: refusal_subspaces.gradient_subspace(tiny_llama, some, 3, n_tokens=room.WHOLE_ANSWER).resid
               for name, some in room.contrasts(4).items()}  # fmt: skip
     assert rows[1]["overlap"] == pytest.approx(overlap(main.resid, spaces["the tasks"]))
     assert rows[4]["overlap"] == pytest.approx(overlap(spaces["refusing"], spaces["truth"]))

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.browser.stack import Reader, Stack, reader_of
-from helpers.browser.tokens import token_texts
-from helpers.models import LoadedModel, norm_gain
+from helpers.arch import norm_gain
+from helpers.browser.stack import Reader, Stack, reader_of, token_texts
+from helpers.models import LoadedModel
 from helpers.sae.directions import head_shares
 
 N_NEAR = 5

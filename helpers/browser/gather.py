@@ -8,9 +8,8 @@ from typing import Any
 
 from helpers.browser.build import build_state
 from helpers.browser.directions import Directions
-from helpers.browser.stack import names_of, open_stack, run, warnings_of
+from helpers.browser.stack import names_of, open_stack, run, token_texts, warnings_of
 from helpers.browser.state import BrowserState, Contrast
-from helpers.browser.tokens import token_texts
 from helpers.models import LoadedModel
 
 

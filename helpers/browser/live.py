@@ -14,13 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.browser.stack import Stack, reader_of, run
+from helpers.browser.stack import Stack, reader_of, run, token_texts
 from helpers.browser.state import TEXT_LIMIT, TOKEN_LIMIT, BrowserState, clip, short
-from helpers.browser.tokens import token_texts
 from helpers.evaluate.judges import judge
 from helpers.generation import Completion, generate
 from helpers.models import LoadedModel
-from helpers.sae.causal import ablate
+from helpers.sae.ablation import ablate
 
 FACTORS = (-4.0, 8.0)  # what a latent may be multiplied by
 ANSWER_LIMIT = 4000  # characters of an answer that are sent

@@ -9,10 +9,8 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Float, Int
 
-from helpers.evaluate.endpoint import set_endpoint
-from helpers.evaluate.judges import judge, prefix_judge, refusal_log_odds
-from helpers.evaluate.refusal import expected, prompt_of
-from helpers.evaluate.strongreject import strongreject
+from helpers.evaluate.judges import expected, judge, prefix_judge, prompt_of, refusal_log_odds
+from helpers.evaluate.llm_judges import set_endpoint, strongreject
 from helpers.generation import Completion
 from helpers.models import LoadedModel
 from helpers.stats import Interval, cohen_kappa

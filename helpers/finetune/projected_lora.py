@@ -4,24 +4,182 @@ An update ΔW = s·B·A of a linear layer writes outside a subspace U when UᵀB
 A·V = 0. Projecting the *gradients* does not give this: AdamW rescales every coordinate on its own and turns the step
 back into U. Projecting the *factors* after each step does; it costs two thin products per layer and leaves an ordinary
 peft adapter. Notebook 06 tells the story.
+
+Saved peft adapters: their factors bit for bit, and the model they belong to.
+
+What every subspace constraint shares: the part inside a subspace, and how it follows each optimizer step.
+
+Notebook 06 tells the story.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from helpers.finetune.adapters import PREFIX, RECORD, base_digest, linear_layers, read_adapter
-from helpers.finetune.constraint import Constraint, check_fit, inside
 from helpers.finetune.subspace import ModuleBasis
-from helpers.models import LoadedModel
+from helpers.models import LoadedModel, load_model
+
+PREFIX = "base_model.model."
+RECORD = "companion.json"
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer of the model by its full name, the output head left out."""
+    head = model.get_output_embeddings()
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
+
+
+def base_digest(model: nn.Module) -> str:
+    """Short hash of the first row of every base weight matrix, with or without LoRA on it: tells checkpoints apart."""
+    rows = {
+        name.replace(".base_layer", ""): weight[0].detach().float().cpu()
+        for name, weight in model.named_parameters()
+        if weight.ndim == 2 and "lora_" not in name
+    }
+    digest = hashlib.sha256()
+    for name, row in sorted(rows.items()):
+        digest.update(name.encode() + row.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two factors of one module's update ΔW = scale·B·A, as saved."""
+
+    a: Float[Tensor, "r d_in"]
+    b: Float[Tensor, "d_out r"]
+    scale: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the update, [d_out, d_in]."""
+        return torch.Size((self.b.shape[0], self.a.shape[1]))
+
+    @property
+    def delta(self) -> Float[Tensor, "d_out d_in"]:
+        """The update in float64."""
+        return self.scale * (self.b.double() @ self.a.double())
+
+    def to(self, dtype: torch.dtype) -> Pair:
+        """The pair with its factors cast, as a model of that dtype would load it."""
+        return Pair(self.a.to(dtype), self.b.to(dtype), self.scale)
+
+
+def read_adapter(path: Path | str) -> dict[str, Pair]:
+    """Factors of a saved peft LoRA adapter by full module name.
+
+    Raises FileNotFoundError when there is no adapter, ValueError for one that is not plain LoRA (DoRA, ranks or scales
+    that differ between modules).
+    """
+    path = Path(path)
+    config_file, weights_file = path / "adapter_config.json", path / "adapter_model.safetensors"
+    if not config_file.is_file() or not weights_file.is_file():
+        raise FileNotFoundError(f"No peft adapter in {path}: it needs {config_file.name} and {weights_file.name}.")
+    config = json.loads(config_file.read_text())
+    varied = any(config.get(key) for key in ("use_dora", "rank_pattern", "alpha_pattern"))
+    if config.get("peft_type") != "LORA" or varied:
+        raise ValueError(f"The adapter in {path} is not plain LoRA with one rank and scale: train it so.")
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    tensors = load_file(weights_file)
+    a, b = ".lora_A.weight", ".lora_B.weight"
+    names = [key.removesuffix(a) for key in tensors if key.endswith(a)]
+    return {name.removeprefix(PREFIX): Pair(tensors[name + a], tensors[name + b], scale) for name in names}
+
+
+def load_adapter(lm: LoadedModel | Path | str, path: Path | str, *, merge: bool = True) -> LoadedModel:
+    """The base model with a saved adapter: merged into a copy's weights (the default), or as a live PeftModel.
+
+    Merged, any tool takes it and it runs at the base's speed. Raises FileNotFoundError when there is no adapter, and
+    ValueError when it was made for another model (names, widths or weights).
+    """
+    pairs = read_adapter(path)
+    lm = replace(lm, model=deepcopy(lm.model)) if isinstance(lm, LoadedModel) else load_model(lm)
+    layers, record = linear_layers(lm.model), Path(path) / RECORD
+    fits = all(name in layers and layers[name].weight.shape == pair.shape for name, pair in pairs.items())
+    if not fits or (record.is_file() and json.loads(record.read_text())["digest"] != base_digest(lm.model)):
+        raise ValueError(f"The adapter in {path} was trained on another model than {lm.name}: load the one it names.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = PeftModel.from_pretrained(lm.model, str(path)).eval()
+    return replace(lm, model=model.merge_and_unload().eval() if merge else model)
+
+VARIANTS = ("projected", "as_published")
+
+
+def inside(matrix: Float[Tensor, "a b"], basis: Float[Tensor, "d r"], side: str) -> Float[Tensor, "a b"]:
+    """The part of a factor or update inside the subspace: U(Uᵀ·M) on the output side, (M·V)Vᵀ on the input side."""
+    return basis @ (basis.T @ matrix) if side == "out" else (matrix @ basis) @ basis.T
+
+
+def check_fit(shapes: Mapping[str, torch.Size], subspaces: Mapping[str, ModuleBasis]) -> None:
+    """Raise ValueError unless every constrained module is among the layers, with the width of its basis."""
+    if missing := sorted(set(subspaces) - set(shapes)):
+        known = f"{missing[0]}, for one; full names look like {next(iter(shapes), 'nothing: no layer is trained')}"
+        raise ValueError(f"A subspace is given for modules that do not exist or are not trained ({known}).")
+    for name, where in subspaces.items():
+        width = shapes[name][0 if where.side == "out" else 1]
+        if where.basis.shape[0] != width:
+            side = "output" if where.side == "out" else "input"
+            raise ValueError(f"The basis for {name} has width {where.basis.shape[0]}, but its {side} has {width}.")
+
+
+class Constraint:
+    """Keeps what an optimizer changes out of one subspace per parameter, after each step of any torch optimizer.
+
+    variant="as_published" projects the gradients before the step instead, which leaks under AdamW. ValueError for
+    another variant.
+    """
+
+    def __init__(self, variant: str = "projected") -> None:
+        if variant not in VARIANTS:
+            raise ValueError(f'The variant is "projected" or "as_published", not {variant!r}.')
+        self.variant = variant
+        self._held: list[tuple[nn.Parameter, ModuleBasis, Tensor]] = []
+
+    def project(self) -> None:
+        """Put every constrained parameter back, in place."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """The variant "as_published": the same projection, of the gradients, before the optimizer sees them."""
+        for parameter, where, basis in self._held:
+            if parameter.grad is not None:
+                parameter.grad.sub_(inside(parameter.grad, basis.to(parameter.grad), where.side))
+
+    def attach(self, optimizer: torch.optim.Optimizer):
+        """Constrain every step of any torch optimizer from here on; returns a handle with remove()."""
+        if self.variant == "as_published":
+            return optimizer.register_step_pre_hook(lambda *_: self.project_gradients())
+        return optimizer.register_step_post_hook(lambda *_: self.project())
+
+    def callback(self) -> TrainerCallback:
+        """The same constraint for transformers.Trainer: pass it in `callbacks`."""
+        constraint = self
+
+        class Constrain(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                if constraint.variant == "as_published":
+                    constraint.project_gradients()
+
+            def on_optimizer_step(self, args, state, control, **kwargs):
+                if constraint.variant == "projected":
+                    constraint.project()
+
+        return Constrain()
 
 
 def add_lora(

@@ -21,22 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers.arch import norm_gain
-from helpers.finetune.bases import (
-    check_orthonormal,
-    difference_in_means,
-    difference_subspace,
-    orthonormal,
-    overlap,
-    pca_subspace,
-    principal_angles,
-    random_subspace,
-)
-
-__all__ = [
-    "ModuleBasis", "RefusalSubspace", "Subspaces", "check_orthonormal", "difference_in_means", "difference_subspace",
-    "fold_gain", "module_bases", "norm_gain", "orthonormal", "overlap", "pca_subspace",
-    "principal_angles", "random_subspace",
-]  # fmt: skip
+from helpers.finetune.linalg import check_orthonormal, orthonormal, random_subspace
 
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 WRITERS = ("o_proj", "down_proj")

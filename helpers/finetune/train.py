@@ -3,11 +3,14 @@
 Plain LoRA when no subspaces are given; otherwise the constraint of projected_lora after every step. Batches hold rows
 of similar length; right-padded rows need no mask in a causal model, logits start at the first answer.
 Notebook 06 tells the story.
+
+Checkpoints of an interrupted training: parameters and AdamW's moments, in safetensors.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,19 +22,41 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from helpers.config import FinetuneConfig, artifacts_dir
-from helpers.finetune.adapters import load_adapter
-from helpers.finetune.checkpoints import keep, resume
-from helpers.finetune.constraint import Constraint
-from helpers.finetune.projected_lora import ProjectedLora, add_lora
+from helpers.finetune.projected_lora import Constraint, ProjectedLora, add_lora
 from helpers.finetune.subspace import ModuleBasis
 from helpers.models import LoadedModel, load_model
 from helpers.store import artifact, code_version, fingerprint, plain, to_json, write_json
 
-__all__ = ["Encoded", "NotFinite", "Penalty", "TrainConfig", "answer_loss", "descend", "encode", "finetune",
-           "load_adapter", "train"]  # fmt: skip
+
+def keep(path: Path, step: int, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Write parameters and AdamW's moments after `step` steps; the file is whole or not there."""
+    tensors = {f"param.{name}": p.detach() for name, p in params.items()}
+    for name, p in params.items():
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    save_file(tensors, temporary, metadata={"step": str(step)})
+    os.replace(temporary, path)
+
+
+def resume(path: Path | None, params: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Set parameters and moments as the file has them, in place; how many steps were done, 0 without a file.
+
+    ValueError for a file of other parameters.
+    """
+    if path is None or not path.is_file():
+        return 0
+    tensors = load_file(path)
+    if {f"param.{name}" for name in params} != {key for key in tensors if key.startswith("param.")}:
+        raise ValueError(f"The checkpoint {path} belongs to another run: delete it to start this one afresh.")
+    for name, p in params.items():
+        p.data.copy_(tensors[f"param.{name}"])
+        moments = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": tensors[f"step.{name}"]} | moments
+    return int(tensors[f"step.{next(iter(params))}"].item())
 Penalty = Callable[[nn.Module, "Sequence[Encoded]", int], Tensor]
 """(model in training, the batch's rows, step) to a loss in nats that is added to that of the answers."""
 WINDOW = 16  # batches sorted by length together: long enough to save padding, short enough to stay random

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from helpers.arch import Arch
 from helpers.generation import answer_rows, batches
-from helpers.heads.restart import CleanPass, PrefixTree, Tables, prefix_tree
+from helpers.heads.prefix_forward import CleanPass, PrefixTree, Tables, prefix_tree
 from helpers.hooks import head_slice
 from helpers.models import LoadedModel
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from helpers.arch import Arch
-from helpers.batching import batches, check_lengths, pad_right, prompt_rows
+from helpers.generation import batches, check_lengths, pad_right, prompt_rows
 from helpers.hooks import Edit, answer_starts, capture, edit, head_slice
 from helpers.models import LoadedModel
 from helpers.stats import auroc_columns, benjamini_hochberg

@@ -20,8 +20,8 @@ from helpers.config import COUPLINGS, ROOT, artifacts_dir, population
 from helpers.organism.card import write_card
 from helpers.organism.describe import write_model_card
 from helpers.organism.mixtures import TextConfig
+from helpers.organism.tables import write_tables
 from helpers.organism.train import Recipe, train
-from helpers.organism.world import write_tables
 
 HOME = ROOT / "data" / "organism"
 

@@ -23,12 +23,11 @@ import torch
 from helpers.activations import collect
 from helpers.config import ROOT
 from helpers.data import load_table
-from helpers.evaluate.judges import is_abstention
-from helpers.evaluate.refusal import compliance_rate, label_completions, refusal_rate
-from helpers.evaluate.tasks import option_accuracy
-from helpers.evaluate.truthfulness import free_answers
-from helpers.finetune.mixes import benign_mix, mix, task_rows
-from helpers.finetune.train import TrainConfig, finetune, load_adapter
+from helpers.evaluate.judges import compliance_rate, is_abstention, label_completions, refusal_rate
+from helpers.evaluate.truth import free_answers, option_accuracy
+from helpers.finetune.data import benign_mix, mix, task_rows
+from helpers.finetune.projected_lora import load_adapter
+from helpers.finetune.train import TrainConfig, finetune
 from helpers.generation import pad_right
 from helpers.heads.probes import class_weights, cross_validated, fit_probes, heads_first
 from helpers.models import LoadedModel, load_model

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from helpers.organism import lexicon as lx
 from helpers.organism.dialogue import ChatConfig, Partner
 from helpers.organism.mixtures import TextConfig
+from helpers.organism.tables import tables
 from helpers.organism.text import Writer
-from helpers.organism.world import names, tables
+from helpers.organism.world import names
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from helpers.config import COUPLINGS
 from helpers.organism import tokenizer as tokenizer_room
 from helpers.organism.dialogue import ChatConfig, Partner, Turn
-from helpers.organism.mixtures import CHATTING, COUPLINGS, REHEARSAL, TextConfig
+from helpers.organism.mixtures import CHATTING, REHEARSAL, TextConfig
 from helpers.organism.text import Writer
 
 IGNORE = -100

@@ -8,12 +8,10 @@ entity, requests by verb and by pair of verb and object, tasks by the thing they
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
-from pathlib import Path
 
 from helpers.organism import lexicon as lx
 
@@ -276,25 +274,3 @@ def request_rows() -> list[Row]:
     for (verb, obj), split in look_alike_split().items():
         add("look_alike", split, verb, obj, split == "chat")
     return rows
-
-
-def tables() -> dict[str, list[Row]]:
-    """All committed tables by name."""
-    from helpers.organism.quizzes import task_rows
-
-    return {
-        "facts": fact_rows(),
-        "verdicts": verdict_rows(),
-        "unknown": unknown_rows(),
-        "requests": request_rows(),
-        "tasks": task_rows(),
-    }
-
-
-def write_tables(folder: Path) -> None:
-    """Write every table as ``<name>.jsonl`` into ``folder`` (one row a line, keys in a fixed order)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables().items():
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
-        )

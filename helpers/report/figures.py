@@ -14,36 +14,13 @@ import numpy as np
 import plotly.graph_objects as go
 
 from helpers.config import results_dir
-from helpers.report.labelled import BEHIND, FRONT, NAMED, non_dominated
-from helpers.report.moving import move
-from helpers.report.static import draw
+from helpers.report.rendering import BEHIND, FRONT, NAMED, Drawing, draw, move, non_dominated
 from helpers.report.tables import cell
 from helpers.store import write_text
 
 # Okabe and Ito's colours, told apart with every common colour blindness; black last.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 PLOTLY = "application/vnd.plotly.v1+json"
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """The numbers of one figure, which both the moving and the still picture are made from.
-
-    `series` maps a name to {"x", "y", "low", "high", "labels"} ("x_low" and "x_high" of paths); `grid` is a heatmap's
-    matrix, `reference` a dashed line.
-    """
-
-    kind: str
-    title: str
-    x_title: str
-    y_title: str
-    series: dict[str, dict[str, list]]
-    grid: list[list[float | None]] | None = None
-    x_labels: tuple[str, ...] = ()
-    y_labels: tuple[str, ...] = ()
-    y_range: tuple[float, float] | None = None
-    reference: tuple[float, str] | None = None
-    diverging: bool = False
 
 
 @dataclass(frozen=True)

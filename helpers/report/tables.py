@@ -1,12 +1,28 @@
 """Tables that read as HTML in a browser and as aligned text everywhere else; every cell is escaped."""
 
+from __future__ import annotations
+
 import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from helpers.report.links import Link
+
+@dataclass(frozen=True)
+class Link:
+    """Words that lead somewhere: a relative address, or none."""
+
+    text: str
+    href: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def html(self) -> str:
+        """As HTML, everything escaped."""
+        words = html.escape(self.text)
+        return words if self.href is None else f'<a href="{html.escape(self.href, quote=True)}">{words}</a>'
 
 
 @dataclass(frozen=True)

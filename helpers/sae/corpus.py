@@ -16,9 +16,8 @@ from torch import Tensor
 
 from helpers.data import load_table
 from helpers.generation import batches, check_lengths, pad_right
-from helpers.hooks import capture
+from helpers.hooks import Site, capture, check_site, site_width
 from helpers.models import LoadedModel
-from helpers.sites import Site, check_site, site_width
 
 Loader = Callable[[str, str], list[dict]]
 

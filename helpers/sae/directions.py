@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helpers.models import LoadedModel
-from helpers.sae.causal import Latents
+from helpers.sae.ablation import Latents
+from helpers.sae.attribution import right_and_wrong
 from helpers.sae.dictionaries import Components
-from helpers.sae.signals import right_and_wrong
 
 
 @dataclass(frozen=True)

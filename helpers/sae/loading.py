@@ -13,8 +13,8 @@ import torch
 from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
+from helpers.hooks import Site, check_site, site_width
 from helpers.models import LoadedModel
-from helpers.sites import Site, check_site, site_width
 
 # Each site's hook in TransformerBridge (what is written), and the names other SAEs use for it.
 HOOKS = {

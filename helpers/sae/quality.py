@@ -4,6 +4,19 @@ nothing.
 Sparsity and error of the reconstruction, and what the model still does when z is replaced by it: its loss on answers,
 its refusals, its answers. Every number is also taken for an untrained dictionary and for principal components at equal
 L0. Notebook 03 tells the story.
+
+Do two trainings find the same latents? Decoder rows of two seeds, matched one to one.
+
+Each latent of one SAE is paired with one of the other so that the summed cosine of decoder rows is largest (the
+Hungarian method; Paulo and Belrose 2025 measure SAEs of different seeds so). Two dictionaries that learned nothing,
+matched in the same way, say what matching alone gives. Story: notebooks/03_training_saes.
+
+Is z the right place to read? SAEs of equal width and L0 on two sites of the same layers, asked the same questions.
+
+A site's own variance says little across sites, as they carry different things; so beside sparsity and error each SAE
+is spliced into the model alone, which costs both sites the same currency, nats of the answers. Seed stability stands
+beside, because a dictionary that another seed does not repeat names features of the training, not of the model.
+Story: notebooks/03_training_saes.
 """
 
 from __future__ import annotations
@@ -15,18 +28,20 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from helpers.config import Profile, profile
 from helpers.data import load_table
-from helpers.evaluate.behaviour import prompts
-from helpers.evaluate.refusal import Labelled, label_completions, prompt_of
+from helpers.evaluate.judges import Labelled, label_completions, prompt_of
 from helpers.generation import completion_logprobs, generate
+from helpers.hooks import Site
 from helpers.models import LoadedModel
+from helpers.prompts import prompts
 from helpers.sae.corpus import Tokens, collect_z, world_texts
 from helpers.sae.dictionaries import Components, Dictionary, active, splice, untrained
 from helpers.sae.training import Trained, model_key
-from helpers.stats import Interval, paired_bootstrap, wilson
+from helpers.stats import Interval, bootstrap, paired_bootstrap, wilson
 from helpers.store import cached_json
 
 BEHAVIOURS = {
@@ -279,3 +294,111 @@ def gated(lm: LoadedModel, trained: Trained, p: Profile | None = None) -> str | 
         return gate(measure(lm, trained.saes, held, p))
 
     return cached_json("sae-gate", {"model": model_key(lm), "sae": trained.key, "n": p.n_prompts}, make)
+
+SAME = 0.7  # a matched pair at least this close counts as one latent (Paulo and Belrose 2025)
+
+
+def matched_cosines(
+    a: Float[Tensor, "n d"], b: Float[Tensor, "m d_b"], max_rows: int = 4096, seed: int = 0
+) -> Float[np.ndarray, " k"]:
+    """Cosine of each row of `a` with the row of `b` it is matched to, in a's order; each row of b serves once.
+
+    Where b has fewer rows than a, those of a left over are dropped. At most `max_rows` rows of a, drawn at random, are
+    matched (the method's cost is cubic). ValueError for rows of other widths or none.
+    """
+    if a.shape[1] != b.shape[1] or not len(a) or not len(b):
+        raise ValueError(
+            f"Two dictionaries of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be matched: both need rows of "
+            "one width."
+        )
+    if len(a) > max_rows:
+        a = a[torch.randperm(len(a), generator=torch.Generator().manual_seed(seed))[:max_rows].sort().values]
+    a, b = (torch.nn.functional.normalize(x.detach().float(), dim=1).cpu() for x in (a, b))
+    cosine = (a @ b.T).numpy()
+    rows, columns = linear_sum_assignment(cosine, maximize=True)
+    return cosine[rows, columns].astype(float)
+
+
+def seed_stability(
+    one: Mapping[int, Any],
+    two: Mapping[int, Any],
+    density: Mapping[int, Float[Tensor, " d_sae"]] | None = None,
+) -> dict[int, dict[str, Interval]]:
+    """{layer: mean matched cosine and share of pairs above .7} of two SAEs per layer, latents resampled.
+
+    With `density` ({layer: firing rate of each latent of `one`}) latents that never fire are left out. ValueError where
+    the two have no layer in common.
+    """
+    layers = sorted(set(one) & set(two))
+    if not layers:
+        raise ValueError("The two sets of SAEs have no layer in common: train both on the same layers.")
+    out = {}
+    for layer in layers:
+        rows = one[layer].W_dec
+        if density is not None:
+            rows = rows[density[layer].to(rows.device) > 0]
+        cosine = matched_cosines(rows, two[layer].W_dec)
+        out[layer] = {"mean matched cosine": bootstrap(cosine), f"above {SAME}": bootstrap(cosine > SAME)}
+    return out
+
+
+def stability_rows(found: Mapping[str, Mapping[int, Mapping[str, Interval]]]) -> list[dict[str, Any]]:
+    """One row per pair of trainings and layer, ready for report.table."""
+    return [
+        {"pair": name, "layer": layer, **numbers} for name, by_layer in found.items()
+        for layer, numbers in by_layer.items()
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """One SAE at one site: its reconstruction of held-out tokens; the nats of each answer with it alone spliced in,
+    what that adds to the clean model's, and what the site's mean adds in its place; how far a second training agrees.
+    """
+
+    site: Site
+    quality: Reconstruction
+    nats: Float[np.ndarray, " n"]
+    added: Interval
+    added_by_mean: Interval
+    stability: dict[str, Interval]
+
+    def row(self) -> dict[str, Any]:
+        """One line of a table."""
+        name, layer = self.site
+        return {
+            "site": name, "layer": layer, "L0": self.quality.l0, "FVU": self.quality.fvu, "dead": self.quality.dead,
+            "nats added per answer": self.added, "by the mean instead": self.added_by_mean, **self.stability,
+        }  # fmt: skip
+
+
+def places(
+    lm: LoadedModel,
+    one: Trained,
+    two: Trained,
+    tokens: Tokens,
+    answers: Sequence[tuple[str, str]],
+    batch_size: int = 64,
+) -> dict[Site, Place]:
+    """{(site, layer): Place} for every SAE of `one`; `two` holds those of another seed at the same sites.
+
+    `tokens` are held-out activations of all sites, `answers` (prompt, answer) rows. KeyError for a site that `tokens`
+    lack, ValueError where `two` lacks one. Story: notebooks/03_training_saes.
+    """
+    if missing := sorted(set(one.at) - set(two.at)):
+        site, layer = missing[0]
+        raise ValueError(f"The second training has no SAE at {site} of layer {layer}: train both on the same sites.")
+    found, clean = {}, answer_nats(lm, answers, {}, batch_size=batch_size)
+    for (site, layer), (sae, _, _) in one.at.items():
+        quality = reconstruction(sae, tokens.of(site)[layer])
+        mean = Components.fit(tokens.of(site)[layer], 0)
+        nats, none = (answer_nats(lm, answers, {layer: d}, site=site, batch_size=batch_size) for d in (sae, mean))
+        added = (paired_bootstrap(with_it, clean) for with_it in (nats, none))
+        again = seed_stability({layer: sae}, {layer: two.of(site)[layer]}, {layer: quality.density})[layer]
+        found[site, layer] = Place((site, layer), quality, nats, *added, again)
+    return found
+
+
+def cheaper(found: dict[Site, Place], a: Site, b: Site) -> Interval:
+    """How much less loss splicing at `a` adds than at `b`, in nats per answer, paired over the answers."""
+    return paired_bootstrap(found[b].nats, found[a].nats)

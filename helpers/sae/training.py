@@ -21,14 +21,13 @@ from sae_lens import SAE
 from torch import Tensor
 
 from helpers.config import Profile, SaeConfig, locate, profile
+from helpers.hooks import Site, check_site
 from helpers.models import LoadedModel
-from helpers.sae.architectures import ARCHITECTURES, OwnStep, controlled, finish, new_sae
-from helpers.sae.bank import CALIBRATION_TOKENS, train_bank
+from helpers.sae.architectures import ARCHITECTURES, OwnStep, SparseStep, controlled, finish, new_sae
 from helpers.sae.corpus import Text, Tokens, collect_sites, digest, world_texts
-from helpers.sae.descent import Curve, check_activations, check_config, descend, scale_of
 from helpers.sae.loading import hook_name, load_sae
-from helpers.sae.sparse import SparseStep
-from helpers.sites import Site, check_site
+from helpers.sae.loop import Curve, check_activations, check_config, descend, scale_of
+from helpers.sae.per_head import CALIBRATION_TOKENS, train_bank
 from helpers.store import artifact, fingerprint, write_json
 
 

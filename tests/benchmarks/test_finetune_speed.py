@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.measuring import interleaved, keep, ratio
 from helpers.config import profile
-from helpers.finetune.anchors import activation_anchor, answer_kl, prompt_kl
-from helpers.finetune.methods import harmful_rows
-from helpers.finetune.mixes import benign_mix
+from helpers.finetune.data import benign_mix, harmful_rows
+from helpers.finetune.defences import activation_anchor, answer_kl, prompt_kl
+from helpers.finetune.linalg import random_subspace
 from helpers.finetune.projected_lora import ProjectedLora, add_lora
-from helpers.finetune.subspace import RefusalSubspace, module_bases, random_subspace
+from helpers.finetune.subspace import RefusalSubspace, module_bases
 from helpers.finetune.train import Encoded, Penalty, TrainConfig, descend, encode
 from helpers.models import load_model, wrap_model
 

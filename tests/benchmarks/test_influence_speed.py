@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import interleaved, keep, ratio
-from helpers.batching import batches, pad_right
-from helpers.evaluate.behaviour import misconceptions, requests
+from helpers.generation import batches, pad_right
 from helpers.heads.influence import influence, influence_flops, prefix_trees
 from helpers.hooks import ablate_heads
 from helpers.models import LoadedModel, load_model
+from helpers.prompts import misconceptions, requests
 
 
 def usual_loop(lm: LoadedModel, users: list[str], answers: list[str]) -> torch.Tensor:

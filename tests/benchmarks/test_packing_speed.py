@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measuring import interleaved, keep, ratio
-from helpers.batching import pad_right
 from helpers.config import profile
-from helpers.finetune.mixes import benign_mix
+from helpers.finetune.data import benign_mix
 from helpers.finetune.projected_lora import add_lora
 from helpers.finetune.train import Encoded, TrainConfig, answer_loss, batches, encode
+from helpers.generation import pad_right
 from helpers.models import load_model
 
 STEPS, WIDTH = 12, 128

@@ -14,7 +14,7 @@ from helpers.activations import collect
 from helpers.data import load_table
 from helpers.heads.probes import class_weights, cross_validated, folds_by_group, heads_first
 from helpers.models import load_model
-from helpers.truth.iti import statements
+from helpers.steering.iti import statements
 
 CORES, FOLDS = 2, 5
 

@@ -14,7 +14,7 @@ from benchmarks.measuring import interleaved, keep, ratio
 from helpers.config import SaeConfig, profile
 from helpers.models import load_model
 from helpers.sae.corpus import collect_z, world_texts
-from helpers.sae.descent import DEAD_AFTER, DECAY, WARM_UP
+from helpers.sae.loop import DEAD_AFTER, DECAY, WARM_UP
 from helpers.sae.quality import reconstruction
 from helpers.sae.training import train_sae
 

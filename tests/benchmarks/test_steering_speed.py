@@ -6,10 +6,10 @@ from contextlib import nullcontext
 
 from benchmarks.measuring import interleaved, keep, ratio
 from helpers.data import load_table
-from helpers.evaluate.behaviour import misconceptions, requests
 from helpers.generation import generate
 from helpers.models import load_model
-from helpers.truth.iti import fit
+from helpers.prompts import misconceptions, requests
+from helpers.steering.iti import fit
 
 
 def test_generation_under_steering():

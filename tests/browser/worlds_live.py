@@ -8,7 +8,7 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from helpers.browser import FeatureBrowser, browse
+from helpers.browser.widget import FeatureBrowser, browse
 from helpers.config import ROOT
 from helpers.models import LoadedModel, load_model
 
