@@ -21,7 +21,8 @@ CELLS = """# %% [markdown]
 import os, time
 from types import SimpleNamespace
 import torch
-from helpers import report, store
+from helpers import store
+from helpers.experiments import claims
 
 def draw(step):
     open(os.environ["MADE_LOG"], "a").write(f"{name} {{step}}\\n")
@@ -38,7 +39,7 @@ after = float(torch.rand(()))
 values = torch.tensor(rows).mean(dim=0)
 estimate = SimpleNamespace(estimate=float(values.mean()) + after, low=-9.0, high=9.0)
 control = ("none", SimpleNamespace(estimate=0.0, low=-1.0, high=1.0))
-row = report.claim({claim!r}, estimate=estimate, control=control, verdict="not reproduced", unit="draws",
+row = claims.claim({claim!r}, estimate=estimate, control=control, verdict="not reproduced", unit="draws",
                    n_prompts=8, n_seeds=1, notebook={name!r})
 print("claimed", row["id"], row["estimate"])
 """
