@@ -1,10 +1,7 @@
-"""Prompt sets and their splits: the embedded world's tables, public benchmarks, and the ledger of what leaks between
-sets.
+"""The embedded world's tables and their splits, and the ledger of what leaks between splits.
 
-The splits of the world's tables: "chat" trained the embedded model, "fit" is for extracting directions, probes and
-SAEs, "val" for choosing, "test" for reporting only. Story: notebook 00.
-
-The leakage ledger: which prompts of one split stand in another, for every table of the embedded world.
+"chat" trained the embedded model, "fit" is for extracting directions, probes and SAEs, "val" for choosing, "test" for
+reporting only. Story: notebook 00 (splits), 07 (the ledger).
 """
 
 from __future__ import annotations
@@ -118,6 +115,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"Line {number} of {path} is not JSON: {error}") from error
+
 
 TEXTS = {"facts": "question", "unknown": "question", "requests": "prompt", "tasks": "prompt", "verdicts": "text"}
 SPLITS = {"facts": ("chat", "fit", "val"), "unknown": ("chat", "fit", "val"), "requests": ("chat", "fit", "val"),

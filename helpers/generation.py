@@ -3,10 +3,8 @@
 Rows are sorted by length before batching and returned in their original order. Generation pads on the left, keeps a
 key-value cache and drops rows that have ended. Scoring pads on the right (a causal model never sees padding to its
 right, so no mask is needed), asks lm_head only for the positions that predict answer tokens, and reads a prompt with
-several answers once. Hooks entered around these calls act in them; `positions="answer"` (helpers.hooks) refers to the
-rows' own answer starts here. Story: notebook 00.
-
-Rows of token ids and their batches: prompts and answers to ids, padding, length-sorted batches, context checks.
+several answers once. Prompts that do not fit the context are refused. Hooks entered around these calls act in them;
+`positions="answer"` (helpers.hooks) refers to the rows' own answer starts here. Story: notebook 00.
 """
 
 from __future__ import annotations

@@ -1,13 +1,6 @@
 """Capture and edit activations of a Hugging Face model inside `with` blocks that leave nothing behind.
 
-Sites are listed in sites.py. Hooks run in the order their blocks were entered: a capture opened inside an edit sees the
-edited value. Autograd flows through both. Heads are query heads; under grouped-query attention (Ainslie et al. 2023)
-there are n_heads of them in z and fewer of k and v.
-Story: notebook 00 (first hooks), 01 (steering), 02 (ablation).
-
-The sites of a block where activations are read and written, and how a function is hooked onto one.
-
-Each site is [batch, seq, d]:
+Each site of a block is [batch, seq, d]:
 
     resid_pre   input of a block
     z           input of o_proj: all query heads side by side, d = n_heads * d_head
@@ -18,6 +11,9 @@ Each site is [batch, seq, d]:
     resid_post  resid_mid + mlp_out
 
 With Gemma2/3's post-norms, attn_out and mlp_out are taken after them (see arch.py), so the sums above always hold.
+Hooks run in the order their blocks were entered: a capture opened inside an edit sees the edited value. Autograd flows
+through both. Heads are query heads; under grouped-query attention (Ainslie et al. 2023) there are n_heads of them in z
+and fewer of k and v. Story: notebook 00 (first hooks), 01 (steering), 02 (ablation).
 """
 
 from __future__ import annotations
@@ -103,6 +99,7 @@ def _on_output(fn: Edit) -> Callable:
         return fn(output)
 
     return hook
+
 
 Positions = None | int | Tensor | str  # "answer"
 

@@ -1,6 +1,6 @@
-"""From tokens and activations to a browser state: columns for the list and the scatter, pages for single latents.
+"""From tokens and activations to a browser state: columns for the list and the scatter, a page for every latent.
 
-What is known of one latent: the texts that excite it most and at other quantiles, its histogram, its neighbours.
+A page holds the texts that excite a latent most and at other quantiles, its histogram, and its neighbours.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def row_peaks(
         where[i] = np.abs(acts[row]).argmax(axis=0)
         peaks[i] = np.take_along_axis(acts[row], where[i][None], axis=0)[0]
     return peaks, where
+
 
 EAGER = 8192  # latents up to which every page is made at once
 PAIRED = 8  # groups that can be compared with each other in the page

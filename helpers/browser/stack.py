@@ -1,6 +1,6 @@
 """A model together with the SAEs that read it: where each reads, whether it fits, and its latents of a token.
 
-Tokens as texts a reader can see: also those that are only a part of a character.
+Tokens are shown as texts that a reader can see, also those that are only a part of a character.
 """
 
 from __future__ import annotations

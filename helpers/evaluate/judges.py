@@ -2,9 +2,7 @@
 
 Offline judges that see different things: a rule over the finished text, the log-odds of a refusal at the first answer
 tokens, and the plain list of phrases that most published attack success rates rest on. Gibberish is its own class, so
-that a broken model is counted neither as safe nor as unsafe.
-
-Refusal, compliance, abstention and coherence of a model on prompt rows, one label per row.
+that a broken model is counted neither as safe nor as unsafe. `label_completions` asks a model and labels its answers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Truth by multiple choice (mc0, mc1, mc2) and by free answer, one value per question.
-
-Accuracy on multiple-choice tasks, by the log-probability of an option's content and by free generation.
-"""
+"""Truth and task accuracy: by multiple choice (mc0, mc1, mc2), by an option's log-probability, by free answers."""
 
 from __future__ import annotations
 
@@ -64,6 +61,7 @@ def option_accuracy(lm: LoadedModel, rows: Sequence[dict], *, by: str = "logprob
     right = [{row["options"][row["answer"]]} for row in rows]
     return np.array([float(not is_degenerate(text) and mentioned(text, row["options"]) == one)
                      for text, row, one in zip(texts, rows, right, strict=True)])
+
 
 ANSWERS = ("truthful", "myth", "other", "declined", "incoherent")
 

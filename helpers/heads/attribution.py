@@ -1,16 +1,13 @@
-"""MLP neurons: first-order scores of every neuron for the price of one backward, and exact ablation of chosen ones.
+"""First-order scores: all heads, or all MLP neurons, for the price of one backward; chosen ones checked exactly.
 
-A neuron is one entry of down_proj's input. Its score is activation times gradient, summed over every position of
-prompt and answer, so that it approximates removing the neuron from the whole sequence, as the influence of a head does.
-Scores are kept per prompt, so that the nulls of overlap.py apply, in float32: layers · d_mlp · 4 bytes a prompt, which
-for 32 layers of 14,336 neurons is 1.8 MB. `batch_size` bounds what the backward pass holds at once.
+A score is activation times gradient, summed over every position of prompt and answer: the slope of influence where
+nothing is removed yet. It misses saturation (a head that could be removed by half without loss, and not whole) and
+cancellation (a head whose effects through later layers cancel to first order only). So the best are verified exactly,
+and others drawn at random beside them bound the share of important ones that the ranking missed.
 
-Influence of many heads for the price of a few: first-order attribution ranks all, exact influence checks some.
-
-Attribution needs one forward and one backward for all heads, and is the slope of influence where nothing is removed
-yet. It misses saturation (a head that could be removed by half without loss, and not whole: a slope of zero) and
-cancellation (a head whose effects through later layers cancel to first order only). So the best heads are verified
-exactly, and heads drawn at random beside them bound the share of important heads that the ranking missed.
+A neuron is one entry of down_proj's input. Scores are kept per prompt, so that the nulls of overlap.py apply, in
+float32: layers · d_mlp · 4 bytes a prompt, which for 32 layers of 14,336 neurons is 1.8 MB. `batch_size` bounds what
+the backward pass holds at once.
 """
 
 from __future__ import annotations
@@ -132,6 +129,7 @@ def _mean_score(values: Float[Tensor, "n layers heads"], contrasted: bool) -> Fl
         first, second = np.split(values, 2)
         values = first - second
     return values.mean(0)
+
 
 Neuron = tuple[int, int]
 

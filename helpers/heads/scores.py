@@ -1,6 +1,6 @@
-"""The two scores of every head that the claim of shared heads compares, per prompt.
+"""The two scores of every head that the claim of shared heads compares, per prompt, and the answers they compare.
 
-Prompts with the two answers that a score compares, and the gradients of both at every position of a site.
+Prompts come as pairs of answers; their gradients at every position of a site serve first-order scores.
 """
 
 from __future__ import annotations

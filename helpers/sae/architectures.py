@@ -9,14 +9,10 @@
 
 The last three know no k: unless their penalty's coefficient is given, it follows the L0 that is asked for.
 
-Notebook 03 tells the story.
-
-BatchTopK's loss and gradients by hand, touching only the latents that fire.
-
-With k of d_sae latents per token, autograd spends nearly all its time on zeros: five of the six products between
-activations and weights. Here one product encodes; decoding and all gradients gather the few rows that take part. The
-decoder-norm rescaling cancels out of everything but the choice of the top k. Equal to sae-lens's own loss and gradients
-to rounding. Notebook 03 tells the story.
+BatchTopK's loss and gradients are also written by hand, touching only the latents that fire: with k of d_sae latents
+per token, autograd spends nearly all its time on zeros. Here one product encodes; decoding and all gradients gather the
+few rows that take part. The decoder-norm rescaling cancels out of everything but the choice of the top k. Equal to
+sae-lens's own loss and gradients to rounding. Notebook 03 tells the story.
 """
 
 from __future__ import annotations
@@ -201,6 +197,7 @@ def _whole(k: float) -> int:
     if k != math.floor(k):
         raise ValueError(f"The architecture topk keeps a whole number of latents, not {k}: choose a whole k.")
     return int(k)
+
 
 CANDIDATES = 0.8  # latents above this share of the last batch's threshold are looked at first
 

@@ -130,6 +130,7 @@ def splice(lm: LoadedModel, dictionaries: Mapping[int, Dictionary], site: str = 
     with edit(lm.model, {(site, layer): through(dictionary) for layer, dictionary in dictionaries.items()}):
         yield
 
+
 UNTRAINED = 0.8  # of what random directions leave; untrained SAEs of the embedded model reach .86 and more [own]
 CHUNK = 512  # tokens encoded at a time
 

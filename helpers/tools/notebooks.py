@@ -1,12 +1,9 @@
-"""Execute the notebooks in order, each in a fresh kernel, and save what they show.
+"""Execute the notebooks in order, each in a fresh kernel, and save what they show; say what runs and how long is left.
 
 A run that was killed is started again by the same command: the notebooks run from the first, and what they had computed
 is found in the store, so that they come out the same. A notebook's file changes only when all its cells have run.
 The committed notebooks show the profile `organism`; other profiles save theirs among their results.
-
-What is running and how long is left, on one line of a terminal or as sparse lines of a log.
-
-The notebooks' commands; see `python -m helpers.tools.notebooks --help`.
+Commands: `python -m helpers.tools.notebooks --help`.
 """
 
 import argparse
@@ -125,6 +122,8 @@ class Progress:
             if self.cell:
                 self._show()
 
+
+SANITIZER = ROOT / "tests" / "nbval_sanitize.cfg"
 TIMINGS = ROOT / "data" / "expected" / "timings.json"
 # No network, no progress bars on stderr, the same hash seeds: the Makefile exports the same.
 QUIET = {
@@ -248,13 +247,9 @@ def _finish(nb: NotebookNode, source: Path) -> list[str]:
     write_executed(nb, source if at_home else results_dir() / "notebooks" / source.name)
     return warnings
 
-SANITIZER = ROOT / "tests" / "nbval_sanitize.cfg"
-
-
 def main(words: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    words_of = "Run and check the notebooks."
-    parser = argparse.ArgumentParser(prog="python -m helpers.tools.notebooks", description=words_of)
+    parser = argparse.ArgumentParser("python -m helpers.tools.notebooks", description="Run and check the notebooks.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in (
         ("run", "execute the notebooks in order, then write claims.json and report.html"),

@@ -1,12 +1,8 @@
 """Every notebook is a pair: `NN_name.py` is the source, `NN_name.ipynb` the same cells executed.
 
 `sync` copies the source's cells into the executed notebook, `problems` says where a pair disagrees, was edited after it
-ran, or is not clean.
-
-What a committed notebook must not hold, and what would make its comparison by nbval compare nothing.
-
-nbval compares only cells that ran and are marked, ignores a marker that shares its line with code, and drops a
-sanitizing rule that lacks the space after `replace:`, all without a word; so each of these is looked for here.
+ran, or is not clean. nbval compares only cells that ran and are marked, ignores a marker that shares its line with
+code, and drops a sanitizing rule that lacks the space after `replace:`, all without a word; each is looked for here.
 """
 
 import hashlib
@@ -116,6 +112,7 @@ def bad_rules(sanitizer: str) -> list[str]:
         if hidden:
             found.append(f"the rule {pattern!r} hides a compared line: {hidden[0]}")
     return found
+
 
 FOLDER = ROOT / "notebooks"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
