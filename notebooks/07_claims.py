@@ -127,17 +127,17 @@ ruled
 # %%
 from helpers.experiments import fronts
 
-by_share = fronts.fronts(records)
-pictures = fronts.front_pictures(by_share)
+shares = fronts.fronts(records)
+pictures = fronts.front_pictures(shares)
 pictures[0] if pictures else None
 
 # %%
 display(*pictures[1:])
 
 # %%
-told = fronts.in_words(by_share) or ["The comparison of all methods is committed for the embedded model only."]
+told = fronts.in_words(shares) or ["The comparison of all methods is committed for the embedded model only."]
 print("\n".join(told))
-tables = [fronts.front_table(rows, share) for share, rows in by_share.items()]
+tables = [fronts.front_table(rows, share) for share, rows in shares.items()]
 report_page.section("methods", 2, "Every method: what it learns and what it keeps", told, tables, pictures)
 display(*tables)
 
