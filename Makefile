@@ -34,7 +34,7 @@ reproduce: $(READY) ## run notebooks 00-07; writes claims.json and report.html i
 test: $(READY) ## lint, unit tests, notebooks compared with their outputs, browser; ends non-zero on any failure
 	$(IN_VENV) -m ruff check .
 	rm -rf build/test-results
-	COMPANION_RESULTS="$(CURDIR)/build/test-results" $(IN_VENV) -m pytest tests notebooks \
+	COMPANION_RESULTS="$(CURDIR)/build/test-results" $(IN_VENV) -m pytest tests notebooks -n 2 --durations 15 \
 		--nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 lab: $(READY) ## open JupyterLab on notebook 00
