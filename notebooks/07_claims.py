@@ -33,6 +33,21 @@
 # - say for each claim which result would reverse its verdict.
 
 # %% tags=["setup"]
+# Setup: on Colab, fetch the companion and what Colab lacks; everywhere, share the cores well.
+import os
+import sys
+
+if "google.colab" in sys.modules:
+    origin, home = "https://github.com/alignment-tradeoff/companion", "/content/companion"
+    os.system(f"test -d {home} || git clone -q --depth 1 {origin} {home}")
+    sys.path.insert(0, home)
+    from helpers.tools import colab
+
+    colab.install()
+else:
+    import helpers  # noqa: F401  before torch, which reads once how its threads wait
+
+# %% tags=["setup"]
 # Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing.
 import os
 import sys

@@ -98,6 +98,14 @@ def test_running_twice_gives_the_same_bytes(small):
     assert (small / "00_small.ipynb").read_bytes() == before
 
 
+def test_printed_text_is_saved_in_one_piece_however_slowly_it_came(tmp_path):
+    slow = "import time\nprint('a', flush=True)\ntime.sleep(0.5)\nprint('b', flush=True)\n{}\nprint('c')\n"
+    write(tmp_path, "# %%\n" + slow.format("display(1)"))
+    notebooks.run(tmp_path, timings=tmp_path / "timings.json")
+    outputs = nbformat.read(tmp_path / "00_small.ipynb", as_version=4).cells[-1].outputs
+    assert [one.get("text", one.output_type) for one in outputs] == ["a\nb\n", "display_data", "c\n"]
+
+
 def test_an_edited_notebook_that_was_not_run_again_is_caught_before_and_after_syncing(small):
     source = small / "00_small.py"
     source.write_text(source.read_text().replace("value = 41", "value = 42"))

@@ -109,6 +109,33 @@ def test_a_claim_has_every_field_the_contract_names():
     assert rows[1]["verdict"] == "untested" and rows[1]["reason"]
 
 
+def test_the_same_finding_in_other_seconds_changes_no_file_and_another_finding_does(own_folders):
+    def everything():
+        claims.collect_claims(), exports.export_claims(), report_page.html_report()
+        return {path: path.read_bytes() for path in sorted((own_folders / "results").rglob("*.*"))}
+
+    first = claims.claim("C1", **CLAIM, seconds=12.3)
+    before = everything()
+    assert claims.claim("C1", **CLAIM, seconds=45.6) == json.loads(json.dumps(first)) and everything() == before
+    other = claims.claim("C1", **{**CLAIM, "n_prompts": 51}, seconds=45.6)
+    assert (other["n_prompts"], other["seconds"]) == (51, 45.6) and everything() != before
+
+
+@pytest.mark.parametrize("value, kept", [(0.1 + 0.2, True), (0.3000001, False), ("0.3", False), (None, False)])
+def test_a_claims_file_stays_where_numbers_differ_by_rounding_alone(value, kept):
+    first = claims.claim("C1", **CLAIM, details={"angles": [{"smallest": 0.3, "of": 2}]})
+    again = claims.claim("C1", **CLAIM, details={"angles": [{"smallest": value, "of": 2}]})
+    assert (again["details"] == first["details"]) == kept
+    assert claims.collect_claims()[0]["details"]["angles"][0]["smallest"] == (0.3 if kept else value)
+
+
+def test_a_file_of_a_claim_that_cannot_be_read_is_written_anew(own_folders):
+    row = claims.claim("C1", **CLAIM)
+    path = own_folders / "results" / "organism" / "claims" / "C1.json"
+    path.write_text("<<<<<<< a conflict")
+    assert claims.claim("C1", **CLAIM) == row == json.loads(path.read_text())
+
+
 @pytest.mark.parametrize(
     "change, said",
     [

@@ -7,16 +7,19 @@ Which result would change a verdict: for every claim what would reproduce it and
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from helpers.config import ROOT, Profile, profile, results_dir
 from helpers.report.tables import Table, table
 from helpers.stats import Interval
-from helpers.store import code_version, write_json
+from helpers.store import code_version, plain, write_json
 
 VERDICTS = ("reproduced", "not reproduced", "untested")
 
@@ -83,7 +86,8 @@ def claim(
     details: dict[str, Any] | None = None,
     on: Profile | None = None,
 ) -> dict[str, Any]:
-    """Write what this run found for one claim to `claims/<id>.json` and return it.
+    """Write what this run found for one claim to `claims/<id>.json` and return it, with the seconds of the run that
+    first found the same.
 
     `verdict` comes from a rule in `helpers.experiments.rules` (its object, or the word with a `reason`); `details` may
     hold more numbers (siblings, seeds).
@@ -118,8 +122,32 @@ def claim(
         "reason": reason,
         "details": details or {},
     }
-    write_json(results_dir(p) / "claims" / f"{id}.json", row)
+    return _kept(results_dir(p) / "claims" / f"{id}.json", row)
+
+
+def _kept(path: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """Write a row and return the one that the file then holds.
+
+    A file whose row differs in `seconds` and in rounding alone stays: the same run again changes no file.
+    """
+    row, there = plain(row), None
+    with contextlib.suppress(FileNotFoundError, ValueError):  # no file yet, or one that is no JSON
+        there = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(there, dict) and _same(there | {"seconds": row["seconds"]}, row):
+        return there
+    write_json(path, row)
     return row
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values of JSON are equal, numbers up to rounding: sums follow the number of threads."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    return type(a) is type(b) and a == b
 
 
 def collect_claims(on: Profile | None = None) -> list[dict[str, Any]]:

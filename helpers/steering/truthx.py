@@ -33,6 +33,7 @@ from helpers.steering.intervention import check_strength
 from helpers.steering.iti import statements
 from helpers.steering.truthx_model import Autoencoder, train
 from helpers.store import write_json
+from helpers.threads import SHARE
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def module_sites(n_layers: int) -> list[Site]:
     return [(site, layer) for layer in range(n_layers) for site in ("attn_out", "mlp_out")]
 
 
+@SHARE.whole()
 def fit(lm: LoadedModel, rows: Sequence[dict], *, n_modules: int = 10, d_latent: int | None = None, steps: int = 300,
         lr: float = 6e-3, tau: float = 0.1, seed: int = 0, n_wrong: int | None = 1, n_folds: int = 3,
         batch_size: int = 64) -> TruthX:

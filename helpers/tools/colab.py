@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = ("torch", "numpy")
 # Colab runs the notebook itself, with its own Jupyter; ours would only get in its way.
 COLABS_OWN = ("jupyterlab", "ipykernel", "ipython", "ipywidgets", "jupytext", "nbclient", "nbformat")
-SETUP_LINE = "# Setup: on Colab, fetch the companion and what Colab lacks; anywhere else, nothing."
+SETUP_LINE = "# Setup: on Colab, fetch the companion and what Colab lacks; everywhere, share the cores well."
 BADGE = re.compile(r"\[!\[[^\]]*\]\(https://colab\.research\.google\.com/assets/[^)]*\)\]\([^)]*\)")
 QUESTIONS = {
     "00_meet_the_model": ("What does the embedded model know, get wrong and refuse?", ""),
@@ -64,7 +64,9 @@ if "google.colab" in sys.modules:
     sys.path.insert(0, home)
     from helpers.tools import colab
 
-    colab.install()"""
+    colab.install()
+else:
+    import helpers  # noqa: F401  before torch, which reads once how its threads wait"""
 
 
 def missing(root: Path = ROOT) -> list[str]:

@@ -238,7 +238,7 @@ def _finish(nb: NotebookNode, source: Path) -> list[str]:
                 warnings.append(f"{source.stem}, code cell {number}, wrote to stderr: {output.text.strip()[:400]}")
             for kind in [k for k in output.get("data", {}) if "widget-view" in k]:
                 del output.data[kind]
-        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        cell.outputs = _joined([o for o in cell.outputs if o.get("name") != "stderr"])
         cell.metadata.pop("execution", None)
     nb.metadata.pop("widgets", None)
     nb.metadata["language_info"] = NotebookNode(LANGUAGE)
@@ -246,6 +246,17 @@ def _finish(nb: NotebookNode, source: Path) -> list[str]:
     at_home = profile().name == "organism"
     write_executed(nb, source if at_home else results_dir() / "notebooks" / source.name)
     return warnings
+
+
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """The outputs with printed text in one piece, which a kernel hands over in pieces as they come."""
+    found: list[NotebookNode] = []
+    for output in outputs:
+        if found and output.output_type == found[-1].output_type == "stream":
+            found[-1]["text"] += output.text
+        else:
+            found.append(output)
+    return found
 
 def main(words: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
