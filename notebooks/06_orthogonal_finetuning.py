@@ -162,11 +162,11 @@ for row in benign_mix(n, source=p.data)[:4]:
 # %%
 from helpers.data import leakage
 from helpers.experiments.records import N_TASKS
-from helpers.prompts import cap, requests, tasks
+from helpers.prompts import requests, tasks
 
 trained_on = sorted({row["prompt"] for row in poisoned_mix(n, max(p.finetune.poison_ratios), source=p.data)})
-asked = {kind: requests(kind, "test", cap(p)) for kind in ("harmful", "benign", "look_alike")}
-asked["tasks"] = tasks("test", N_TASKS)
+asked = {kind: requests(kind, "test", p.cap, p.data) for kind in ("harmful", "benign", "look_alike")}
+asked["tasks"] = tasks("test", N_TASKS, p.data)
 found = {name: leakage(trained_on, [row["prompt"] for row in rows]) for name, rows in asked.items()}
 report.table([{"test set": name, "prompts": len(asked[name]),
                "also in training": sum(f["kind"] == "exact" for f in hits),
@@ -312,7 +312,7 @@ if one is not None:
 # A refusal is more than its first word. The mean log-probability of each token of the reference refusal, given those before it, on verbs that were never refused in chat training:
 
 # %%
-refusable = [row for row in requests("harmful", "test", cap(p)) if not row["verb_seen"]]
+refusable = [row for row in requests("harmful", "test", p.cap, p.data) if not row["verb_seen"]]
 tokens = {name: token_by_token(model, refusable) for name, model in (("untuned", lm), ("LoRA", tuned))}
 report.table([{"model": name, **{f"token {i}": f"{v:.2f}" for i, v in enumerate(values, 1)}}
               for name, values in tokens.items()], caption="Mean log P of the refusal's tokens (nats)")

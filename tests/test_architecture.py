@@ -80,6 +80,22 @@ def test_the_library_never_looks_up():
     ], "library rooms import neither experiments, organism nor tools"
 
 
+LIBRARY = [path for path in MODULES if room(path) not in ABOVE | {"config", "__init__"}]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_the_library_knows_no_profile_and_no_folder_of_results(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    named |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    named |= {name.rpartition(".")[2] for name in imported(path)}
+    assert not named & {"Profile", "PROFILES"}, "give it models, rows and a small config"
+    called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert "profile" not in {getattr(func, "id", getattr(func, "attr", "")) for func in called}
+    assert "helpers.config.profile" not in imported(path)
+    assert "data/results" not in ast.unparse(tree) and "'results'" not in ast.unparse(tree)
+
+
 def test_no_imports_run_in_a_circle():
     state: dict[str, bool] = {}
 

@@ -30,7 +30,7 @@ from helpers.experiments.steering import bits
 from helpers.finetune.diagnose import drift
 from helpers.finetune.train import TrainConfig
 from helpers.models import LoadedModel
-from helpers.prompts import cap, prompts, tasks
+from helpers.prompts import fitted_on, prompts, tasks
 from helpers.store import cached_json, code_version, fingerprint, full_disk_in_words, plain
 
 
@@ -54,8 +54,7 @@ NONE: Mapping[Job, dict[str, Any]] = MappingProxyType({})
 
 def look(lm: LoadedModel, p: Profile, split: str) -> dict[str, str]:
     """What a model does on all prompts of a split, one character per prompt and measure."""
-    size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
-    return bits(measure(lm, prompts(split, cap(p), p.data), tasks=tasks(split, N_TASKS, p.data), **size))
+    return bits(measure(lm, prompts(split, p.cap, p.data), tasks=tasks(split, N_TASKS, p.data), **p.size))
 
 
 def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
@@ -64,7 +63,7 @@ def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
     `data`: one of runs.DATA.
     """
     training = Run(p, job.poison, job.seed, data)
-    asked = {split: (prompts(split, cap(p), p.data), tasks(split, N_TASKS, p.data)) for split in ("val", "test")}
+    asked = {split: (prompts(split, p.cap, p.data), tasks(split, N_TASKS, p.data)) for split in ("val", "test")}
     size = {"max_new_tokens": p.max_new_tokens, "base": fingerprint(p.base)}
     how = {"job": job, "how": TrainConfig.of(p.finetune), "sae": p.sae, "rows": training.rows, "held": training.held}
     key = {"model": (fingerprint(p.model), p.dtype), **how, "asked": asked, **size}
@@ -78,7 +77,8 @@ def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
         choosing = not job.poison and job.seed == p.finetune.seeds[0]
         found["bits"] = {split: look(lm, p, split) for split in (("val", "test") if choosing else ("test",))}
         if choosing:
-            found["drift"] = drift(base, lm, p)
+            fit, _ = fitted_on("fit", p.cap, p.data)
+            found["drift"] = drift(base, lm, fit, asked["val"][0].harmful, batch_size=p.batch_size)
         found |= {"code_version": code_version(__name__), "seconds": round(time.perf_counter() - began, 1)}
         return asdict(job) | found
 
@@ -119,7 +119,7 @@ def head(p: Profile, method: Method, grid: Sequence[float], chosen: float | None
 
 def source_of(p: Profile) -> dict[str, Any]:
     """Where a profile's prompts are from, and at most how many of each set are asked."""
-    return {"source": p.data, "n_prompts": cap(p)}
+    return {"source": p.data, "n_prompts": p.cap}
 
 
 def about(p: Profile) -> dict[str, Any]:
