@@ -23,6 +23,7 @@ ROOMS = {
     "experiments": {"evaluate", "steering", "heads", "sae", "finetune", "report"},
     "tools": {"experiments", "report"},
 }
+TRAINERS = ("finetuning", "relearning", "shared_heads", "steering", "steering_choices")
 BASE = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
 
 
@@ -94,6 +95,17 @@ def test_the_library_knows_no_profile_and_no_folder_of_results(path):
     assert "profile" not in {getattr(func, "id", getattr(func, "attr", "")) for func in called}
     assert "helpers.config.profile" not in imported(path)
     assert "data/results" not in ast.unparse(tree) and "'results'" not in ast.unparse(tree)
+
+
+@pytest.mark.parametrize("reader", ["records", "tables"])
+def test_what_reads_results_cannot_train(reader):
+    trains = {f"experiments/{name}.py" for name in (*TRAINERS, "methods", "runner", "__main__")}
+    seen, todo = set(), [f"experiments/{reader}.py"]
+    while todo:
+        name = todo.pop()
+        todo += EDGES.get(name, set()) - seen
+        seen.add(name)
+    assert not seen & trains, "reading results and training for hours never hide behind one name"
 
 
 def test_no_imports_run_in_a_circle():

@@ -121,7 +121,7 @@ def test_random_subspaces_have_the_rank_that_the_latents_have_not_the_one_asked_
     assert (found[methods.PAPER].chosen, found[methods.PAPER].rank()) == (16, 9)
     assert [found[methods.PAPER].rank(at) for at in (4, 10, 16)] == [4, 9, 9]
     assert found[methods.RANDOM].rank() == 48 and found[LORA].rank() is None
-    shown = e.Evidence(found, methods.PAPER, True)
+    shown = e.Comparison(found, methods.PAPER, True)
     assert shown.rank == 9 and shown.main[e.EQUAL].chosen == 9
     fakes.clear()
     c.compare(profile("organism"), [methods.PAPER, methods.RANDOM], tmp_path, keep=True)
@@ -222,10 +222,10 @@ def test_a_full_disk_is_one_sentence_and_other_errors_stay_themselves(fakes, tmp
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(c, "write_json", full)
+    monkeypatch.setattr(j, "write_json", full)
     with pytest.raises(RuntimeError, match="The disk is full: free some space and run the same again"):
         c.compare(profile("organism"), ["ours"], tmp_path / "out")
-    monkeypatch.setattr(c, "write_json", lambda path, value: (_ for _ in ()).throw(PermissionError(13, "no")))
+    monkeypatch.setattr(j, "write_json", lambda path, value: (_ for _ in ()).throw(PermissionError(13, "no")))
     with pytest.raises(PermissionError):
         c.compare(profile("organism"), ["ours"], tmp_path / "out")
 
