@@ -84,6 +84,16 @@ class Profile:
     sae: SaeConfig = SaeConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 
+    @property
+    def cap(self) -> int | None:
+        """At most so many prompts of a set are fitted on: all of the embedded world, `n_prompts` of benchmarks."""
+        return None if self.data == "organism" else self.n_prompts
+
+    @property
+    def size(self) -> dict[str, int]:
+        """How answers are written: at most so many new tokens, so many prompts at once."""
+        return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+
 
 _ORGANISM = Profile(
     name="organism",
@@ -164,6 +174,16 @@ def profile(name: str | None = None) -> Profile:
     if name not in PROFILES:
         raise ValueError(f"There is no profile {name!r}; set COMPANION_PROFILE to one of: {', '.join(PROFILES)}.")
     return PROFILES[name]
+
+
+def profile_name(name: str | None = None) -> str:
+    """The name of the profile in use, or the given one if there is such a profile; errors as in `profile`."""
+    return profile(name).name
+
+
+def is_checked(name: str) -> bool:
+    """Whether a profile must have an expected value for each `report.check`."""
+    return profile(name).checked
 
 
 def locate(model: str | Path) -> str:

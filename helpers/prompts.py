@@ -1,4 +1,7 @@
-"""helpers.prompts."""
+"""The prompts of every measurement: requests of three kinds, misconceptions, unknown names and tasks, by split.
+
+They are of the embedded world ("organism") or of public benchmarks ("benchmarks", see `helpers.datasets`).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from helpers.config import Profile, profile
 from helpers.data import load_table
 from helpers.datasets import benchmark_facts, benchmark_requests, benchmark_tasks
 
@@ -36,63 +38,56 @@ def some(rows: Sequence[dict], n: int | None, seed: int = 0) -> list[dict]:
     return [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), n, replace=False))]
 
 
-def misconceptions(split: str, n: int | None = None, source: str | None = None) -> list[dict]:
+def misconceptions(split: str, n: int | None = None, source: str = "organism") -> list[dict]:
     """Facts of a split that have a competing myth, or questions of TruthfulQA; sources as in `prompts`.
 
     "val" and "test" of the embedded world are never asked in its chat training.
     """
-    if _source(source) == "benchmarks":
-        return some(benchmark_facts(split), n)
-    return some([row for row in load_table("facts", split) if row["myth"]], n)
+    world = _is_world(source)
+    return some([row for row in load_table("facts", split) if row["myth"]] if world else benchmark_facts(split), n)
 
 
-def requests(kind: str, split: str, n: int | None = None, source: str | None = None) -> list[dict]:
+def requests(kind: str, split: str, n: int | None = None, source: str = "organism") -> list[dict]:
     """Requests of one kind ("harmful", "benign", "look_alike") in a split; ValueError for another kind."""
     if kind not in KINDS:
         raise ValueError(f"There are no {kind!r} requests; the kinds are {', '.join(KINDS)}.")
-    if _source(source) == "benchmarks":
+    if not _is_world(source):
         return some(benchmark_requests(kind, split), n)
     return some([row for row in load_table("requests", split) if row["kind"] == kind], n)
 
 
-def tasks(split: str, n: int | None = None, source: str | None = None) -> list[dict]:
+def tasks(split: str, n: int | None = None, source: str = "organism") -> list[dict]:
     """Multiple-choice rows of a split, at most `n` of each task, for `measure(..., tasks=rows)`.
 
     Sources as in `prompts`. Splits: "train", "val" and "test" of the embedded world; "fit", "val" and "test" of
     benchmarks.
     """
-    rows = benchmark_tasks(split) if _source(source) == "benchmarks" else load_table("tasks", split)
+    rows = load_table("tasks", split) if _is_world(source) else benchmark_tasks(split)
     names = sorted({row["task"] for row in rows})
     return [row for name in names for row in some([r for r in rows if r["task"] == name], n)]
 
 
-def cap(p: Profile) -> int | None:
-    """At most so many prompts of each set: all of the embedded world, the profile's `n_prompts` of benchmarks."""
-    return None if p.data == "organism" else p.n_prompts
-
-
-def fitted_on(split: str, p: Profile) -> tuple[list[dict], list[dict]]:
-    """(requests, facts) that something is fitted or chosen on: the world's tables in their order, or of benchmarks
-    at most cap(p) of each kind.
+def fitted_on(split: str, n: int | None = None, source: str = "organism") -> tuple[list[dict], list[dict]]:
+    """(requests, facts) that something is fitted or chosen on: all of the embedded world's tables in their order, facts
+    without a myth among them; of benchmarks, or where n is given, at most n of each kind of `prompts`.
     """
-    if p.data == "organism":
+    if source == "organism" and n is None:
         return load_table("requests", split), load_table("facts", split)
-    rows = prompts(split, cap(p), p.data)
+    rows = prompts(split, n, source)
     return [*rows.harmful, *rows.benign, *rows.look_alike], rows.facts
 
 
-def prompts(split: str, n: int | None = None, source: str | None = None) -> Prompts:
+def prompts(split: str, n: int | None = None, source: str = "organism") -> Prompts:
     """At most `n` rows of each set of a split, of the embedded world or of public benchmarks.
 
-    `source`: "organism", "benchmarks" (see `helpers.datasets`), or None for the profile's `data`; ValueError
-    for another, FileNotFoundError naming a benchmark file that is missing. Story: notebooks/01_the_trade_off.
+    ValueError for another source, FileNotFoundError naming a benchmark file that is missing. Story:
+    notebooks/01_the_trade_off.
     """
-    unknown = some(load_table("unknown", split), n) if _source(source) == "organism" else []
+    unknown = some(load_table("unknown", split), n) if _is_world(source) else []
     return Prompts(misconceptions(split, n, source), *(requests(kind, split, n, source) for kind in KINDS), unknown)
 
 
-def _source(source: str | None) -> str:
-    source = source or profile().data
+def _is_world(source: str) -> bool:
     if source not in SOURCES:
         raise ValueError(f"There is no source of prompts {source!r}; the sources are {', '.join(SOURCES)}.")
-    return source
+    return source == "organism"

@@ -71,7 +71,6 @@ from helpers.models import boot_bridge, load_model
 started, p = time.perf_counter(), profile()
 lm = load_model(p.model, device=p.device, dtype=p.dtype)
 arch, k = lm.arch, p.influence.k
-size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
 
 # %% [markdown]
 # ## 1 · What heads know
@@ -85,14 +84,14 @@ from helpers.heads.probes import cross_validated, heads_first
 from helpers.prompts import misconceptions, prompts, requests
 from helpers.steering.iti import statements
 
-facts, layers = misconceptions("fit"), range(arch.n_layers)
+facts, layers = misconceptions("fit", None, p.data), range(arch.n_layers)
 users, answers, right, question = statements(facts)
 seen = collect(lm, users, answers, sites={"z": layers, "mlp_out": layers})
 _, truth = cross_validated(heads_first(seen, arch), right, question)
 _, truth_mlp = cross_validated(torch.stack([seen[("mlp_out", layer)] for layer in layers]), right, question)
 
 # %%
-harmful, benign = (requests(kind, "fit", p.n_prompts) for kind in ("harmful", "benign"))
+harmful, benign = (requests(kind, "fit", p.n_prompts, p.data) for kind in ("harmful", "benign"))
 both = harmful + benign
 is_harmful = torch.tensor([row["kind"] == "harmful" for row in both])
 z_harm = heads_first(collect(lm, [row["prompt"] for row in both], sites={"z": layers}), arch)
@@ -388,9 +387,9 @@ from helpers.heads.ablation import cut
 from helpers.heads.overlap import top_heads
 
 shared = list(top.shared) or top_heads(refusal.mean(0), 1)  # none shared: C5 is untested
-val, test = prompts("val", p.n_prompts), prompts("test", p.n_prompts)
+val, test = (prompts(split, p.n_prompts, p.data) for split in ("val", "test"))
 cause = causal_test(lm, shared, test, chosen_on=some_facts + some_harmful, val=val,
-                    factors=(0.0, 0.25, 0.5, 0.7, 0.85), **size)
+                    factors=(0.0, 0.25, 0.5, 0.7, 0.85), **p.size)
 print(f"{len(top.shared)} shared heads {list(top.shared)}, their z multiplied by {cause.factor}.")
 
 # %%
@@ -459,7 +458,7 @@ from helpers.steering.iti import fit
 
 iti = fit(lm, facts, n_heads=max(p.iti.n_heads, truth.numel() // 2))
 steered = [head for head in shared if head in iti.heads][: len(iti.heads) // 2]
-removed = overlap_removed(lm, iti, steered, 5.0, test, seeds=(0, 1), **size) if steered else None
+removed = overlap_removed(lm, iti, steered, 5.0, test, seeds=(0, 1), **p.size) if steered else None
 parts = {"all its heads": "full", "without the shared heads": "shared", "without as many others": "random"}
 columns = ["truthful", "answered", "refused"]
 if removed:

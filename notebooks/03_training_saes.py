@@ -76,9 +76,9 @@ lm = load_model(p.model, device=p.device, dtype=p.dtype)
 # %%
 from collections import Counter
 
-from helpers.sae.corpus import collect_z, world_texts
+from helpers.sae.corpus import collect_z, training_texts
 
-texts = world_texts(lm, "fit") + world_texts(lm, "chat")
+texts = training_texts(lm)
 fit = collect_z(lm, texts, p.sae.layers)
 report.table([{"group": group, "texts": n} for group, n in Counter(text.group for text in texts).items()])
 
@@ -114,7 +114,7 @@ print(f"L0 {(f > 0).sum(1).float().mean():.1f} latents per token, unexplained va
 # %%
 from helpers.sae.training import train_saes
 
-trained = train_saes(lm, p, texts=texts)
+trained = train_saes(lm, texts, p.sae, batch_size=p.batch_size)
 steps = trained.curves[layer]["step"]
 by_layer = {f"layer {n}": curve["fvu"] for n, curve in trained.curves.items()}
 report.lines(steps, by_layer, "Training: unexplained variance of each batch", "step", "FVU",
@@ -229,9 +229,9 @@ report.table(layer_rows(found), caption="Test AUROC of the chosen SAE latent at 
 # %%
 from helpers.sae.quality import HeldOut, controls, measure
 
-held = HeldOut.of(lm, p, p.sae.layers)
+held = HeldOut.of(lm, p.sae.layers, n=p.n_prompts, source=p.data, **p.size)
 dictionaries = {"SAE": trained.saes, **controls(trained.saes, fit)}
-quality = {name: measure(lm, dictionary, held, p) for name, dictionary in dictionaries.items()}
+quality = {name: measure(lm, dictionary, held) for name, dictionary in dictionaries.items()}
 report.table([one.row(name) for name, one in quality.items()])
 
 # %%
@@ -272,8 +272,8 @@ report.lines(*density_curve(quality["SAE"].layers), "Latents by how often they f
 from helpers.sae.quality import SAME, seed_stability, stability_rows
 
 sites = [(site, n) for site in ("z", "resid_post") for n in p.sae.layers]
-both = train_saes(lm, p, texts=texts, sites=sites)
-again = train_saes(lm, p, texts=texts, sites=sites, seed=p.seeds[0] + 1)
+both = train_saes(lm, texts, p.sae, sites=sites, batch_size=p.batch_size)
+again = train_saes(lm, texts, p.sae, sites=sites, seed=p.seeds[0] + 1, batch_size=p.batch_size)
 random_again = {n: untrained(one, fit.z[n], seed=1) for n, one in trained.saes.items()}
 density = {n: r.density for n, r in quality["SAE"].layers.items()}
 pairs = {"SAE, two seeds": seed_stability(trained.saes, again.saes, density),
@@ -297,7 +297,7 @@ for n in p.sae.layers:
 # something else, so each SAE is also spliced into the model **alone**: nats it adds to the clean model's answers, beside what the site's mean adds in its place.
 
 # %%
-from helpers.sae.corpus import collect_sites
+from helpers.sae.corpus import collect_sites, world_texts
 from helpers.sae.quality import cheaper, places
 
 tokens = collect_sites(lm, world_texts(lm, "test", n=p.n_prompts), sites).without_first()
@@ -333,7 +333,7 @@ print(f"Latents of z recover {compared(mean, **said)} than latents of the stream
 # %%
 from helpers.sae.quality import gated
 
-verdict = gated(lm, trained, p)
+verdict = gated(lm, trained, p.n_prompts, p.data, **p.size)
 print("The SAEs pass the gate." if verdict is None else f"Not good enough: {verdict}")
 
 # %%

@@ -67,11 +67,13 @@ from helpers import report
 from helpers.config import profile
 from helpers.experiments import claims
 from helpers.models import load_model
+from helpers.sae.corpus import training_texts
 from helpers.sae.training import train_saes
 
 started, p = time.perf_counter(), profile()
 lm = load_model(p.model, device=p.device, dtype=p.dtype)
-trained = train_saes(lm, p)
+texts = training_texts(lm)
+trained = train_saes(lm, texts, p.sae, batch_size=p.batch_size)
 
 # %% [markdown]
 # The SAEs are those of notebook 03, found in the store if they were trained before.
@@ -135,7 +137,10 @@ report.table([{"threshold": name, "value": value} for name, value in asdict(Rule
 # test prompts are not read here.
 
 # %%
-selection = select_latents(lm, trained, p)
+from helpers.prompts import fitted_on
+
+splits = {split: fitted_on(split, p.cap, p.data) for split in ("fit", "val", "test")}
+selection = select_latents(lm, trained, splits)
 report.table([{"kind": kind, "latents": n} for kind, n in selection.counts().items()])
 
 # %%
@@ -154,7 +159,7 @@ report.scatter(selection.refusal_scores.auroc, selection.truth_scores.auroc, nam
 # %%
 from helpers.sae.selection import count_bars, evidence, shuffled_counts
 
-null = shuffled_counts(evidence(lm, trained, "fit", p))
+null = shuffled_counts(evidence(lm, trained, "fit", *splits["fit"]))
 report.bars(count_bars(selection, null),
             "Latents of each kind, found and under shuffled labels (mean and range)", "latents",
             name="latent_counts")
@@ -171,7 +176,7 @@ print(f"Refusal-specific latents: {found_n}, which is {more} ({expected.low:.0f}
 # %%
 from helpers.sae.selection import latent_rows
 
-test = evidence(lm, trained, "test", p)
+test = evidence(lm, trained, "test", *splits["test"])
 columns = ["latent", "AUROC harmful / benign", "AUROC wrong / right", "push towards refusing (nats)"]
 report.table(latent_rows(selection, test, selection.specific), columns)
 
@@ -181,9 +186,11 @@ report.table(latent_rows(selection, test, selection.specific), columns)
 # Each row is one refusal-specific latent, scaled to its strongest group. A latent for *harm* fires on refused and answered requests alike; one for *refusing* only on the refused.
 
 # %%
+from helpers.prompts import prompts
 from helpers.sae.selection import GROUPS, group_activations, mean_by_group
 
-groups = group_activations(lm, trained.saes, p)
+asked = prompts("test", p.n_prompts, p.data)
+groups = group_activations(lm, trained.saes, asked, **p.size)
 chosen = selection.specific if selection.specific.any() else selection.refusal
 named = [name for name, own in zip(names_of(selection), chosen, strict=True) if own]
 report.heatmap(mean_by_group(groups, chosen), "Mean activation by group, each latent's strongest group at 1",
@@ -213,11 +220,12 @@ from helpers.prompts import misconceptions, requests
 from helpers.sae.directions import Known, truth_difference
 from helpers.steering import iti, refusal_direction
 
-sets = [requests(kind, split, p.n_prompts) for split in ("fit", "val") for kind in ("harmful", "benign")]
+sets = [requests(kind, split, p.n_prompts, p.data) for split in ("fit", "val") for kind in ("harmful", "benign")]
 direction = refusal_direction.fit(lm, *sets[:2], val_harmful=sets[2], val_benign=sets[3])
-facts, layers = misconceptions("fit"), sorted(trained.saes)
+facts, layers = misconceptions("fit", None, p.data), sorted(trained.saes)
 pushed = iti.fit(lm, facts, n_heads=p.iti.n_heads).displacement(lm, 1.0)
-known = [Known("harmful − benign", z={n: v[:, 0] for n, v in z_contrast(lm, layers, p).items()}),
+harm = z_contrast(lm, splits["fit"][0], layers, batch_size=p.batch_size)
+known = [Known("harmful − benign", z={n: v[:, 0] for n, v in harm.items()}),
          Known("refusal direction", resid=direction.vector),
          Known("right − wrong", z=truth_difference(lm, load_table("facts", "fit"), layers)),
          Known("ITI", z={n: v for (_, n), v in pushed.items()})]
@@ -270,7 +278,8 @@ print(f"{half} dimensions hold 95 % of the effect of {len(named)} latents; "
 from helpers.finetune.linalg import orthonormal
 from helpers.finetune.refusal_subspaces import angle_rows, contrast_subspaces
 
-others = {name: space.resid for name, space in contrast_subspaces(lm, p, rank=max(main.rank, 2)).items()}
+contrasts = contrast_subspaces(lm, splits["fit"][0], rank=max(main.rank, 2), batch_size=p.batch_size)
+others = {name: space.resid for name, space in contrasts.items()}
 others["refusal direction"] = orthonormal(direction.vector[:, None])
 if selection.hallucination_only.any():
     others["hallucination-only latents"] = latent_subspace(
@@ -293,9 +302,11 @@ report.table(angles)
 # along the decoder rows of other latents drawn at random, with four seeds. Intervals resample control seeds and whole verbs or entities.
 
 # %%
-from helpers.sae.ablation import cells, measure_on_test, two_by_two
+from functools import partial
 
-measure = measure_on_test(lm, p, openings)
+from helpers.sae.ablation import cells, outcomes, two_by_two
+
+measure = partial(outcomes, lm, asked.harmful, asked.benign, asked.facts, openings, **p.size)
 base = measure()
 sets = {"refusal-specific": selection.by_layer(selection.specific),
         "hallucination-only": selection.by_layer(selection.hallucination_only)}
@@ -381,9 +392,10 @@ print(told + ".", f"Truth before ablation is {near_limit}.", sep="\n")
 # %%
 from helpers.sae.selection import kind_counts
 
-stream_saes = train_saes(lm, p, sites=[("resid_post", n) for n in p.sae.layers])
-in_stream = select_latents(lm, stream_saes, p, site="resid_post")
-stream_null = shuffled_counts(evidence(lm, stream_saes, "fit", p, "resid_post"))
+in_layers = [("resid_post", n) for n in p.sae.layers]
+stream_saes = train_saes(lm, texts, p.sae, sites=in_layers, batch_size=p.batch_size)
+in_stream = select_latents(lm, stream_saes, splits, site="resid_post")
+stream_null = shuffled_counts(evidence(lm, stream_saes, "fit", *splits["fit"], "resid_post"))
 report.table(kind_counts({"z": (selection, null), "residual stream": (in_stream, stream_null)}))
 
 # %%
@@ -416,8 +428,8 @@ from helpers.experiments.sensitivity import ablated_variants, judged_variants, v
 from helpers.sae.ablation import ablation
 
 run, stream_run = out.get("refusal-specific"), stream_runs.get(("refusal-specific", "taken out"))
-other_saes = train_saes(lm, p, seed=p.seeds[0] + 1)
-chosen_again = select_latents(lm, other_saes, p)
+other_saes = train_saes(lm, texts, p.sae, seed=p.seeds[0] + 1, batch_size=p.batch_size)
+chosen_again = select_latents(lm, other_saes, splits)
 latents = chosen_again.by_layer(chosen_again.specific)
 other_run = ablation(lm, other_saes.saes, latents, base, measure, 4) if latents else None
 choices = [] if run is None else judged_variants(run, int(selection.specific.sum()))
@@ -438,7 +450,7 @@ from helpers.experiments.sensitivity import disentangled, verdict_c7
 from helpers.sae.quality import gated
 
 found = disentangled(int(selection.specific.sum()), run, base)
-verdict = verdict_c7(found, gated(lm, trained, p))
+verdict = verdict_c7(found, gated(lm, trained, p.n_prompts, p.data, **p.size))
 print(f"C7 {verdict}")
 
 # %%

@@ -67,13 +67,15 @@ from helpers import report
 from helpers.browser.widget import browse
 from helpers.config import artifacts_dir, profile
 from helpers.models import load_model
+from helpers.prompts import fitted_on
+from helpers.sae.corpus import training_texts
 from helpers.sae.selection import select_latents
 from helpers.sae.training import train_saes
 
 p = profile()
 lm = load_model(p.model, device=p.device, dtype=p.dtype)
-trained = train_saes(lm, p)
-selection = select_latents(lm, trained, p)
+trained = train_saes(lm, training_texts(lm), p.sae, batch_size=p.batch_size)
+selection = select_latents(lm, trained, {split: fitted_on(split, p.cap, p.data) for split in ("fit", "val")})
 
 # %% [markdown]
 # ## 1 · One feature, by hand

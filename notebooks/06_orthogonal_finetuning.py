@@ -136,14 +136,16 @@ report.check("finetuning.toy_weight_projection_is_enough_for_adamw", enough["Ada
 # in which harmful prompts differ from benign ones. Both are made from prompts that no test below uses; the rank was chosen on validation prompts (section 8).
 
 # %%
+from helpers.experiments.finetuning import train_missing
 from helpers.experiments.methods import subspace
-from helpers.experiments.tables import protected
+from helpers.experiments.tables import comparison_of
 from helpers.finetune.linalg import overlap
 from helpers.finetune.subspace import module_bases
 
-kind, rank = protected(p)
-main = subspace(p, kind, rank)
-spaces = {kind: main, "difference": subspace(p, "difference", rank), "random": main.random_like(0)}
+train_missing(p)  # nothing where the comparison of this profile is committed, hours where it is not
+ev = comparison_of(p)
+main = subspace(p, ev.kind, ev.rank)
+spaces = {ev.kind: main, "difference": subspace(p, "difference", ev.rank), "random": main.random_like(0)}
 report.table([{"subspace": name, "rank": space.rank,
                "overlap with the one protected below": overlap(main.resid, space.resid)}
               for name, space in spaces.items()])
@@ -177,11 +179,11 @@ for row in benign_mix(n, source=p.data)[:4]:
 # %%
 from helpers.data import leakage
 from helpers.experiments.records import N_TASKS
-from helpers.prompts import cap, requests, tasks
+from helpers.prompts import requests, tasks
 
 trained_on = sorted({row["prompt"] for row in poisoned_mix(n, max(p.finetune.poison_ratios), source=p.data)})
-asked = {kind: requests(kind, "test", cap(p)) for kind in ("harmful", "benign", "look_alike")}
-asked["tasks"] = tasks("test", N_TASKS)
+asked = {kind: requests(kind, "test", p.cap, p.data) for kind in ("harmful", "benign", "look_alike")}
+asked["tasks"] = tasks("test", N_TASKS, p.data)
 found = {name: leakage(trained_on, [row["prompt"] for row in rows]) for name, rows in asked.items()}
 report.table([{"test set": name, "prompts": len(asked[name]),
                "also in training": sum(f["kind"] == "exact" for f in hits),
@@ -203,10 +205,10 @@ report.check("finetuning.training_prompts_in_the_test_set", exact)
 # (`python -m helpers.experiments finetuning` made it). Here **one seed of each is trained anew**, and its answers are laid beside the file's:
 
 # %%
-from helpers.experiments.tables import alike, evidence, live
+from helpers.experiments.finetuning import train_first_seed
+from helpers.experiments.tables import alike
 
-ev = evidence(p)
-arms = live(p, ev)
+arms = train_first_seed(p, ev)
 print("Everything below rests on", "the committed arms." if ev.committed else "arms trained here.")
 same = {name: alike(arm, ev.main[name]) for name, arm in arms.items()}
 report.table([{"model": name, "seed": arm.seed, "answers as in the file": same[name],
@@ -238,9 +240,10 @@ report.bars(rates(ev, plotted), "After benign fine-tuning", "share of test promp
 # The control is an update of the same size and rank in every layer, in a random direction: would *any* step that long have done it?
 
 # %%
+from helpers.experiments.finetuning import looked_at
 from helpers.experiments.methods import Run, plain_adapter, random_update
 from helpers.experiments.records import MEASURES, difference, gain_ratio
-from helpers.experiments.tables import fall, fine_tuned, looked_at
+from helpers.experiments.tables import fall, fine_tuned
 
 run = Run(p, seed=p.finetune.seeds[0])
 plain = plain_adapter(run)
@@ -327,7 +330,7 @@ if one is not None:
 # A refusal is more than its first word. The mean log-probability of each token of the reference refusal, given those before it, on verbs that were never refused in chat training:
 
 # %%
-refusable = [row for row in requests("harmful", "test", cap(p)) if not row["verb_seen"]]
+refusable = [row for row in requests("harmful", "test", p.cap, p.data) if not row["verb_seen"]]
 tokens = {name: token_by_token(model, refusable) for name, model in (("untuned", lm), ("LoRA", tuned))}
 report.table([{"model": name, **{f"token {i}": f"{v:.2f}" for i, v in enumerate(values, 1)}}
               for name, values in tokens.items()], caption="Mean log P of the refusal's tokens (nats)")
@@ -438,10 +441,11 @@ else:
 # The siblings of the embedded model were trained by the same recipe, with the coupling of harm and the truthful register reversed or absent. Plain LoRA on the same benign set, first seed:
 
 # %%
-from helpers.experiments.tables import record_of, siblings
+from helpers.experiments.finetuning import train_siblings
+from helpers.experiments.tables import record_of
 
 own = difference(ev.main["untuned"], record_of("LoRA", arms["LoRA"]), "refused")
-falls = {"default": own, **siblings(p)}
+falls = {"default": own, **train_siblings(p)}
 report.table([{"coupling": name, "fall of refusal under benign LoRA": lost} for name, lost in falls.items()])
 
 # %% [markdown]

@@ -23,6 +23,7 @@ ROOMS = {
     "experiments": {"evaluate", "steering", "heads", "sae", "finetune", "report"},
     "tools": {"experiments", "report"},
 }
+TRAINERS = ("finetuning", "relearning", "shared_heads", "steering", "steering_choices")
 BASE = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
 
 
@@ -78,6 +79,33 @@ def test_the_library_never_looks_up():
     assert library and not [
         (name, file) for name in library for file in EDGES[name] if file.split("/")[0] in ABOVE
     ], "library rooms import neither experiments, organism nor tools"
+
+
+LIBRARY = [path for path in MODULES if room(path) not in ABOVE | {"config", "__init__"}]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_the_library_knows_no_profile_and_no_folder_of_results(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    named |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    named |= {name.rpartition(".")[2] for name in imported(path)}
+    assert not named & {"Profile", "PROFILES"}, "give it models, rows and a small config"
+    called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert "profile" not in {getattr(func, "id", getattr(func, "attr", "")) for func in called}
+    assert "helpers.config.profile" not in imported(path)
+    assert "data/results" not in ast.unparse(tree) and "'results'" not in ast.unparse(tree)
+
+
+@pytest.mark.parametrize("reader", ["records", "tables"])
+def test_what_reads_results_cannot_train(reader):
+    trains = {f"experiments/{name}.py" for name in (*TRAINERS, "methods", "runner", "__main__")}
+    seen, todo = set(), [f"experiments/{reader}.py"]
+    while todo:
+        name = todo.pop()
+        todo += EDGES.get(name, set()) - seen
+        seen.add(name)
+    assert not seen & trains, "reading results and training for hours never hide behind one name"
 
 
 def test_no_imports_run_in_a_circle():

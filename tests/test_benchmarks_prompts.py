@@ -215,11 +215,10 @@ def test_a_whole_measurement_runs_on_a_tiny_model_as_notebook_01_asks_for_it(fil
     assert found.mc2[0] == pytest.approx(p[:len(right)].sum() / p.sum(), rel=1e-3)
 
 
-def test_the_profile_chooses_the_source(files, monkeypatch):
+def test_the_caller_chooses_the_source_and_no_profile_does(files, monkeypatch):
+    three = prompts("val", 3, "benchmarks")
+    assert len(three.harmful) == 3 and "truthfulqa" in misconceptions("val", None, "benchmarks")[0]["id"]
     monkeypatch.setenv("COMPANION_PROFILE", "colab-t4")
-    assert prompts("val", 3) == prompts("val", 3, source="benchmarks")
-    assert len(prompts("val", 3).harmful) == 3 and "TruthfulQA".lower() in misconceptions("val")[0]["id"]
-    monkeypatch.setenv("COMPANION_PROFILE", "organism")
     assert misconceptions("val")[0]["id"].startswith("fact-") and prompts("val", 4).unknown[3]["abstention"]
 
 

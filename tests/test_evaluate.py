@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -400,44 +401,38 @@ def test_the_rank_one_direction_needs_both_signs():
     assert rules.c3(replace(TRADE_OFF, truth_gain=FLAT), UP).verdict == "untested"
 
 
-def test_what_is_fitted_comes_from_the_profiles_own_prompts(monkeypatch):
+def test_what_is_fitted_is_the_worlds_tables_whole_or_so_many_prompts_of_each_kind(monkeypatch):
     from helpers import prompts as behaviour
 
-    p = profile("organism")
-    assert behaviour.fitted_on("fit", p) == (load_table("requests", "fit"), load_table("facts", "fit"))
+    assert behaviour.fitted_on("fit") == (load_table("requests", "fit"), load_table("facts", "fit"))
     rows = {name: [{"id": f"{name}-{i}"} for i in range(2)] for name in ("facts", "harmful", "benign", "look_alike")}
     asked = []
     monkeypatch.setattr(behaviour, "prompts", lambda *how: asked.append(how) or Prompts(**rows))
-    requests, facts = behaviour.fitted_on("val", replace(p, data="benchmarks", n_prompts=7))
+    requests, facts = behaviour.fitted_on("val", 7, "benchmarks")
     assert requests == rows["harmful"] + rows["benign"] + rows["look_alike"] and facts == rows["facts"]
-    assert asked == [("val", 7, "benchmarks")] and behaviour.cap(p) is None
+    p = profile("organism")
+    assert asked == [("val", 7, "benchmarks")] and p.n_prompts and p.cap is None
+    assert replace(p, data="benchmarks", n_prompts=7).cap == 7
 
 
-def test_subspaces_latents_and_drift_of_a_real_model_are_made_from_its_own_prompts(monkeypatch, tiny_lms, tmp_path):
-    from helpers.finetune import diagnose as drift
-    from helpers.finetune import refusal_subspaces as refusal
-    from helpers.sae import selection as features
-    from helpers.sae.training import Trained
+def test_subspaces_and_latents_of_a_real_model_are_made_from_its_own_prompts(monkeypatch, tiny_llama):
+    from helpers.experiments import methods
+    from helpers.finetune.subspace import RefusalSubspace
 
-    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
-    p, lm, asked = replace(profile("organism"), data="benchmarks"), next(iter(tiny_lms.values())), []
+    p, seen = replace(profile("organism"), data="benchmarks", n_prompts=7), []
+    found, one = SimpleNamespace(specific=np.ones(3), saes={}), RefusalSubspace(torch.eye(3, 2), method="fake")
 
-    def own(split, p):
-        asked.append((split, p.data))
-        raise ValueError("seen")
+    def standing_in(name, gives):
+        monkeypatch.setattr(methods, name, lambda lm, *rows, **how: seen.append((name, *rows)) or gives)
 
-    for module in (refusal, features):
-        monkeypatch.setattr(module, "fitted_on", own)
-    trained = Trained({}, "none")
-    calls = (lambda: refusal.contrast_subspaces(lm, p), lambda: refusal.direction_subspace(lm, p),
-             lambda: refusal.z_contrast(lm, [0], p), lambda: features.evidence(lm, trained, "val", p))  # fmt: skip
-    for call in calls:
-        with pytest.raises(ValueError, match="seen"):
-            call()
-    assert asked == [("fit", "benchmarks")] * 3 + [("val", "benchmarks")]
-    found = {"pca": type("S", (), {"resid": torch.eye(3)})}
-    monkeypatch.setattr(drift, "contrast_subspaces", lambda *how, **more: found)
-    monkeypatch.setattr(drift, "requests", lambda *how: asked.append(how) or [])
-    with pytest.raises(Exception):  # noqa: B017 (no prompts to measure)
-        drift.drift(lm, lm, p)
-    assert asked[-1] == ("harmful", "val", p.n_prompts, "benchmarks")
+    monkeypatch.setattr(methods, "fitted_on", lambda split, *most: ((split, "requests", *most), (split, "facts")))
+    monkeypatch.setattr(methods, "training_texts", lambda lm: ["text"])
+    for name, gives in (("train_saes", found), ("select_latents", found), ("contrast_subspaces", {"pca": one}),
+                        ("direction_subspace", one), ("latent_subspace", one)):  # fmt: skip
+        standing_in(name, gives)
+    for kind in ("refusal latents", "difference", "refusal direction"):
+        methods.SUBSPACES[kind](tiny_llama, p, 2)
+    fit, val = ((split, "requests", 7, "benchmarks") for split in ("fit", "val"))
+    assert seen[0] == ("train_saes", ["text"], p.sae)
+    assert seen[1][2] == {"fit": (fit, ("fit", "facts")), "val": (val, ("val", "facts"))}
+    assert seen[3:] == [("contrast_subspaces", fit), ("direction_subspace", fit, val)]

@@ -18,7 +18,7 @@ from helpers.experiments import tables as e
 from helpers.experiments.methods import LORA, UNTUNED, Method
 from helpers.finetune.diagnose import drift
 from helpers.models import load_model
-from helpers.prompts import Prompts, prompts, tasks
+from helpers.prompts import Prompts, fitted_on, prompts, requests, tasks
 from helpers.stats import bootstrap_grid, wilson, wilson_clustered
 
 N = {"refused": 186, "answered": 186, "benign_complied": 158, "benign_refused": 158, "look_alike_complied": 20}
@@ -121,7 +121,7 @@ def test_random_subspaces_have_the_rank_that_the_latents_have_not_the_one_asked_
     assert (found[methods.PAPER].chosen, found[methods.PAPER].rank()) == (16, 9)
     assert [found[methods.PAPER].rank(at) for at in (4, 10, 16)] == [4, 9, 9]
     assert found[methods.RANDOM].rank() == 48 and found[LORA].rank() is None
-    shown = e.Evidence(found, methods.PAPER, True)
+    shown = e.Comparison(found, methods.PAPER, True)
     assert shown.rank == 9 and shown.main[e.EQUAL].chosen == 9
     fakes.clear()
     c.compare(profile("organism"), [methods.PAPER, methods.RANDOM], tmp_path, keep=True)
@@ -222,10 +222,10 @@ def test_a_full_disk_is_one_sentence_and_other_errors_stay_themselves(fakes, tmp
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(c, "write_json", full)
+    monkeypatch.setattr(j, "write_json", full)
     with pytest.raises(RuntimeError, match="The disk is full: free some space and run the same again"):
         c.compare(profile("organism"), ["ours"], tmp_path / "out")
-    monkeypatch.setattr(c, "write_json", lambda path, value: (_ for _ in ()).throw(PermissionError(13, "no")))
+    monkeypatch.setattr(j, "write_json", lambda path, value: (_ for _ in ()).throw(PermissionError(13, "no")))
     with pytest.raises(PermissionError):
         c.compare(profile("organism"), ["ours"], tmp_path / "out")
 
@@ -322,7 +322,8 @@ def test_an_arm_holds_what_its_model_does_on_the_prompts(monkeypatch, tmp_path):
     few = lambda split, n, source: Prompts(*(rows[:3] for rows in vars(prompts(split)).values()))  # noqa: E731
     monkeypatch.setattr(j, "prompts", few)
     monkeypatch.setattr(j, "N_TASKS", 1)
-    monkeypatch.setattr(j, "drift", lambda *args: {"angles": []})
+    drifted = []
+    monkeypatch.setattr(j, "drift", lambda base, lm, *rows, **how: drifted.append(rows) or {"angles": []})
     p = profile("organism")
     lm = load_model(p.model, device="cpu", dtype="float32")
     found = j.run_job(p, j.Job(UNTUNED, 0))
@@ -330,6 +331,7 @@ def test_an_arm_holds_what_its_model_does_on_the_prompts(monkeypatch, tmp_path):
         did = measure(lm, few(split, None, None), tasks=tasks(split, 1), max_new_tokens=32)
         assert found["bits"][split] == steering.bits(did)
     assert found["norm"] == 0 and len(found["nats"]) == 3 and found["drift"] == {"angles": []}
+    assert drifted == [(fitted_on("fit")[0], requests("harmful", "val")[:3])]
     assert set(j.run_job(p, j.Job(UNTUNED, 0, 0.0, 1))["bits"]) == {"test"}
 
 
@@ -525,6 +527,6 @@ def test_attacks_are_read_in_order_of_steps_and_drift_at_the_chosen_setting(tmp_
 
 def test_drift_is_zero_between_a_model_and_itself_and_ablation_lowers_refusal():
     lm = load_model("data/organism/chat", device="cpu", dtype="float32")
-    found = drift(lm, lm, rank=2)
+    found = drift(lm, lm, fitted_on("fit")[0], requests("harmful", "val"), rank=2)
     assert found["angles"] == pytest.approx([0, 0], abs=0.01)
     assert found["odds_without_old"] == found["odds_without_new"] < found["odds"]

@@ -11,6 +11,7 @@ from test_finetune_compare import fake_arm, record
 
 from helpers import store
 from helpers.config import profile
+from helpers.experiments import finetuning as c
 from helpers.experiments import records as stored
 from helpers.experiments import runner as j
 from helpers.experiments import tables as e
@@ -31,7 +32,7 @@ def found(lora=0.4, ours=0.9, random=0.5, at_16=0.8, utility=0.9, poison=0.0):
     records = {UNTUNED: record(UNTUNED, [(1.0, 0.3)]), LORA: record(LORA, many(lora), poison=poison),
                PAPER: replace(record(PAPER, many(ours), chosen=4, poison=poison), ranks={4.0: 4}),
                RANDOM: stored.Record(RANDOM, "rank", (4, 16), 16, {}, tuple(arms))}  # fmt: skip
-    return e.Evidence(records, PAPER, True)
+    return e.Comparison(records, PAPER, True)
 
 
 def test_the_rules_get_falls_and_differences_with_the_right_sign():
@@ -80,7 +81,7 @@ def write(folder, p, methods=(UNTUNED, LORA, PAPER, RANDOM), **other):
     folder.mkdir(parents=True, exist_ok=True)
     for name in methods:
         method = METHODS[name]
-        arms = [fake_arm(j.Job(name, method.grid[0], 0.0, seed)) for seed in (0, 1)]
+        arms = [fake_arm(j.Job(name, method.grid[0], 0.0, seed)) for seed in p.finetune.seeds]
         head = j.about(p) | {"method": name, "unit": method.unit, "grid": method.grid, "chosen": method.grid[0]}
         head |= {"on_val": {}, "ranks": {"4": 3} if name == PAPER else {}}
         (folder / f"{method.slug}.json").write_text(json.dumps(store.plain(head | {"arms": arms} | other)))
@@ -94,35 +95,67 @@ def test_the_files_count_only_where_they_are_of_these_weights_numbers_and_prompt
         made.append((methods, keep, grids))
         write(out, p)
 
-    monkeypatch.setattr(e, "compare", compare)
+    monkeypatch.setattr(c, "compare", compare)
     write(tmp_path / "own", p)
-    assert e.evidence(p, tmp_path / "own").committed and made == []
-    assert e.protected(p, tmp_path / "own") == ("refusal latents", 3)
+    c.train_missing(p, tmp_path / "own")
+    ours = e.comparison_of(p, tmp_path / "own")
+    assert ours.committed and made == [] and (ours.kind, ours.rank) == ("refusal latents", 3)
     for name, other in (("weights", "x"), ("n_tasks", 3), ("source", "benchmarks"), ("config", {"rank": 1})):
         write(tmp_path / name, p, **{name: other})
-        assert not e.evidence(p, tmp_path / name).committed
-    assert not e.evidence(replace(p, checked=False), tmp_path / "own").committed
-    assert not e.evidence(p, tmp_path / "nowhere").committed
+        c.train_missing(p, tmp_path / name)
+        assert not e.comparison_of(p, tmp_path / name).committed
+    full = replace(p, name="other", checked=False)
+    for other, folder in ((full, "own"), (p, "nowhere")):
+        c.train_missing(other, tmp_path / folder)
+        assert not e.comparison_of(other, tmp_path / folder).committed
     assert len(made) == 6 and all(one == (list(METHODS), True, None) for one in made)
-    full = replace(p, checked=False, finetune=replace(p.finetune, subspace_dim=9))
-    assert e.protected(full, tmp_path / "own") == ("refusal latents", 3)  # what was chosen, not the profile's own
+
+
+@pytest.mark.parametrize("half", ["no file", "of other numbers", "no random subspaces", "nothing chosen", "two seeds"])
+def test_a_comparison_that_was_not_made_or_not_finished_is_refused_with_the_command(tmp_path, monkeypatch, half):
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
+    p = replace(profile("organism"), name="organism-full", checked=False)
+    if half == "of other numbers":
+        write(e.own_folder(p), replace(p, finetune=replace(p.finetune, steps=3)))
+    elif half == "two seeds":
+        write(e.own_folder(p), p)
+        p = replace(p, finetune=replace(p.finetune, seeds=(*p.finetune.seeds, 99)))
+        write(e.own_folder(p), p, methods=(UNTUNED, LORA, PAPER))
+    elif half != "no file":
+        methods = (UNTUNED, LORA, PAPER, RANDOM)[: 3 if "random" in half else 4]
+        write(e.own_folder(p), p, methods, **({"chosen": None} if "chosen" in half else {}))
+    with pytest.raises(ValueError, match="which takes hours: run python -m .* finetuning --profile organism-full"):
+        e.comparison_of(p)
+    write(e.own_folder(p), p)
+    assert not e.comparison_of(p).committed
+
+
+def test_the_command_trains_what_a_profile_misses_and_nothing_else(monkeypatch):
+    asked = []
+    monkeypatch.setattr(c, "train_missing", lambda p: asked.append(p.name))
+    monkeypatch.setattr(c, "compare", None)
+    c.main(["--profile", "colab-t4"])
+    assert asked == ["colab-t4"]
 
 
 def test_a_real_model_is_trained_off_its_latents_or_where_it_has_none_off_the_difference(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
-    p, asked = replace(profile("organism"), data="benchmarks", checked=False, model=profile("organism").model), []
-    monkeypatch.setattr(e, "compare", lambda p, methods, out, workers, keep, grids: asked.append((methods, grids)))
-    monkeypatch.setattr(e, "load", lambda out: {})
-    monkeypatch.setattr(e, "subspace", lambda p, kind, dim: type("Found", (), {"rank": 7}))
-    assert e.evidence(p).protected == PAPER
+    p, asked = replace(profile("organism"), data="benchmarks", checked=False), []
+    monkeypatch.setattr(c, "compare", lambda p, methods, out, workers, keep, grids: asked.append((methods, grids)))
+    monkeypatch.setattr(c, "subspace", lambda p, kind, dim: type("Found", (), {"rank": 7}))
+    c.train_missing(p)
     assert asked == [([PAPER, RANDOM], {PAPER: (7,), RANDOM: (7,)})]
 
     def none(p, kind, dim):
         raise ValueError("No latent was selected at any layer.")
 
-    monkeypatch.setattr(e, "subspace", none)
-    assert e.evidence(p).protected == "off difference" and e.protected(p) == ("difference", 16)
+    monkeypatch.setattr(c, "subspace", none)
+    c.train_missing(p)
     assert asked[-1] == (["off difference", RANDOM], {"off difference": (16,), RANDOM: (16,)})
+    write(e.own_folder(p), p, (UNTUNED, LORA, "off difference", RANDOM))
+    assert (e.comparison_of(p).protected, e.comparison_of(p).kind) == ("off difference", "difference")
+    write(e.own_folder(p), p, (PAPER,))
+    assert (e.comparison_of(p).protected, e.comparison_of(p).rank) == (PAPER, 3)
 
 
 def test_one_seed_is_trained_here_at_the_settings_in_the_files_and_laid_beside_them(monkeypatch):
@@ -135,8 +168,8 @@ def test_one_seed_is_trained_here_at_the_settings_in_the_files_and_laid_beside_t
         return fake_arm(job, level, 0.3 if job.method == UNTUNED else 0.9)
 
     monkeypatch.setattr(j, "run_job", run_job)
-    monkeypatch.setattr(e, "workers", lambda p: 1)
-    arms = e.live(p, ev)
+    monkeypatch.setattr(c, "n_workers", lambda p: 1)
+    arms = c.train_first_seed(p, ev)
     assert ran == [j.Job(UNTUNED, 1.0), j.Job(LORA, 1.0), j.Job(PAPER, 4), j.Job(RANDOM, 4)]
     assert all(e.alike(arm, ev.main[name]) == 1.0 for name, arm in arms.items())
     bits = {**arms[LORA].bits["test"], "refused": arms[LORA].bits["test"]["refused"].translate({48: 49, 49: 48})}
@@ -153,8 +186,8 @@ def test_siblings_are_compared_with_their_own_untuned_model(monkeypatch, tmp_pat
         return fake_arm(job, 0.9 if job.method == UNTUNED else 0.2)
 
     monkeypatch.setattr(j, "run_job", run_job)
-    monkeypatch.setattr(e, "workers", lambda p: 1)
-    falls = e.siblings(p)
+    monkeypatch.setattr(c, "n_workers", lambda p: 1)
+    falls = c.train_siblings(p)
     assert set(falls) == {"reversed"} and falls["reversed"].estimate == pytest.approx(0.7, abs=0.01)
 
 

@@ -433,8 +433,8 @@ def test_each_kind_of_latents_spans_its_own_subspace_weighed_by_its_own_scores(r
         asked.append((mask.tolist(), scores, rank))
         return RefusalSubspace(random_subspace(32, rank), method="fake")
 
-    monkeypatch.setattr(methods, "train_saes", lambda lm, p: SimpleNamespace(saes={}))
-    monkeypatch.setattr(methods, "select_latents", lambda lm, trained, p: found)
+    monkeypatch.setattr(methods, "train_saes", lambda lm, texts, cfg, batch_size: SimpleNamespace(saes={}))
+    monkeypatch.setattr(methods, "select_latents", lambda lm, trained, rows: found)
     monkeypatch.setattr(methods, "latent_subspace", span)
     for kind in ("refusal latents", "hallucination latents"):
         methods.SUBSPACES[kind](run.start(), run.p, 3)
@@ -494,8 +494,8 @@ def test_random_latents_are_drawn_by_the_runs_seed_among_those_that_were_not_sel
         asked.append((mask.tolist(), scores, rank))
         return RefusalSubspace(random_subspace(32, rank, seed=int(mask @ np.arange(6))), method="fake")
 
-    monkeypatch.setattr(methods, "train_saes", lambda lm, p: SimpleNamespace(saes={}))
-    monkeypatch.setattr(methods, "select_latents", lambda lm, trained, p: found)
+    monkeypatch.setattr(methods, "train_saes", lambda lm, texts, cfg, batch_size: SimpleNamespace(saes={}))
+    monkeypatch.setattr(methods, "select_latents", lambda lm, trained, rows: found)
     monkeypatch.setattr(methods, "latent_subspace", span)
     base = weights(run.start())
     for seed, at in ((0, 2 + 3), (1, 3 + 4)):

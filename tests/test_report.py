@@ -30,7 +30,7 @@ CLAIM = {
 def own_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("COMPANION_RESULTS", str(tmp_path / "results"))
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
-    monkeypatch.setattr(checks, "expected_file", lambda p: tmp_path / "expected" / f"{p.name}.json")
+    monkeypatch.setattr(checks, "expected_file", lambda name: tmp_path / "expected" / f"{name}.json")
     monkeypatch.delenv("COMPANION_ACCEPT", raising=False)
     monkeypatch.delenv("COMPANION_PROFILE", raising=False)
     return tmp_path

@@ -9,7 +9,7 @@ from sae_lens import SAE
 from sae_lens.saes.batchtopk_sae import BatchTopK
 
 from helpers import stats
-from helpers.config import SaeConfig, profile
+from helpers.config import SaeConfig
 from helpers.evaluate import judges
 from helpers.hooks import capture
 from helpers.sae import ablation, architectures, corpus, dictionaries, loading, quality, selection, training
@@ -203,11 +203,11 @@ def test_collected_z_is_the_z_of_each_text_alone(tiny_models):
 
 def test_trained_saes_are_made_once_and_load_from_sae_lens_folders(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
-    p = dataclasses.replace(profile("organism"), sae=dataclasses.replace(SMALL, n_tokens=1000))
+    cfg = dataclasses.replace(SMALL, n_tokens=1000)
     texts = corpus.world_texts(tiny_llama, "fit", load=load)
-    one = training.train_saes(tiny_llama, p, texts=texts)
+    one = training.train_saes(tiny_llama, texts, cfg)
     monkeypatch.setattr(training, "train_sae", None)
-    two = training.train_saes(tiny_llama, p, texts=texts)
+    two = training.train_saes(tiny_llama, texts, cfg)
     assert one.folders == two.folders and set(two.saes) == {0, 1}
     assert torch.equal(one.saes[1].W_dec, two.saes[1].W_dec) and two.curves[0]["step"]
     assert two.saes[1].cfg.metadata.hook_name == "blocks.1.attn.o.hook_in"

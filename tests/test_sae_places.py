@@ -13,7 +13,6 @@ from test_sae_causal import outcome
 from test_sae_sites import sae_at
 from test_sae_world import load as load_world
 
-from helpers.config import profile
 from helpers.hooks import capture, edit
 from helpers.sae import ablation, corpus, dictionaries, ground_truth, quality, training
 from helpers.sae import attribution as sig
@@ -108,10 +107,10 @@ def test_answers_and_variables_are_pooled_where_the_sae_reads(tiny_llama):
 
 def trained_pair(lm, monkeypatch, tmp_path):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
-    p = dataclasses.replace(profile("organism"), sae=dataclasses.replace(SMALL, n_tokens=1000))
+    cfg = dataclasses.replace(SMALL, n_tokens=1000)
     texts = corpus.world_texts(lm, "fit", load=load)
     sites = [(site, n) for site in ("z", STREAM) for n in (0, 1)]
-    one, two = (training.train_saes(lm, p, texts=texts, sites=sites, seed=seed) for seed in (0, 1))
+    one, two = (training.train_saes(lm, texts, cfg, sites=sites, seed=seed) for seed in (0, 1))
     return one, two, corpus.collect_sites(lm, texts, sites).without_first()
 
 
@@ -138,19 +137,20 @@ def test_two_places_are_measured_alone_each_and_paired_over_the_answers(tiny_lla
         quality.places(lm, one, two, tokens, answers())
 
 
-def test_selection_reads_the_saes_of_the_site_it_is_asked_for(tiny_llama, monkeypatch):
-    lm, asked = tiny_llama, []
+def test_selection_reads_the_saes_of_the_site_and_the_rows_of_the_split_it_is_asked_for(tiny_llama, monkeypatch):
+    lm, asked, rows = tiny_llama, [], {"fit": (["a request"], ["a fact"]), "val": ([], [])}
     trained = training.Trained({(s, n): (sae_at(lm, s, n), Path(), {}) for s in ("z", STREAM) for n in (0, 1)}, "key")
 
     def gather(lm, saes, requests, facts, site):
-        asked.append((site, [sae.cfg.metadata.hook_name for sae in saes.values()]))
+        asked.append((site, requests, facts, [sae.cfg.metadata.hook_name for sae in saes.values()]))
         raise LookupError
 
     monkeypatch.setattr(room.Evidence, "gather", gather)
-    monkeypatch.setattr(room, "cached_tensors", lambda kind, key, make: (asked.append(key["site"]), make())[1])
+    keep = lambda kind, key, make: (asked.append((key["site"], key["split"])), make())[1]  # noqa: E731
+    monkeypatch.setattr(room, "cached_tensors", keep)
     with pytest.raises(LookupError):
-        room.select_latents(lm, trained, profile("organism"), site=STREAM)
-    assert asked == [STREAM, (STREAM, ["blocks.0.hook_out", "blocks.1.hook_out"])]
+        room.select_latents(lm, trained, rows, site=STREAM)
+    assert asked == [(STREAM, "fit"), (STREAM, ["a request"], ["a fact"], ["blocks.0.hook_out", "blocks.1.hook_out"])]
 
 
 def test_the_two_by_two_test_edits_the_site_it_is_given(tiny_llama):

@@ -12,7 +12,6 @@ from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from sae_lens.training.optim import CoefficientScheduler
 from test_sae import SMALL, load, sparse_data
 
-from helpers.config import profile
 from helpers.hooks import SITES as ALL
 from helpers.hooks import capture, head_slice
 from helpers.sae import architectures, corpus, loading, loop, per_head, quality, training
@@ -272,8 +271,8 @@ def test_a_bank_is_saved_as_one_sae_that_sae_lens_loads_and_reads_each_heads_sli
 SITES = [("resid_post", 0), ("z", 1), ("resid_pre", 1)]
 
 
-def small_profile():
-    return dataclasses.replace(profile("organism"), sae=dataclasses.replace(SMALL, n_tokens=1000, width=32))
+def small():
+    return dataclasses.replace(SMALL, n_tokens=1000, width=32)
 
 
 def test_all_sites_are_collected_in_one_pass_over_the_model(tiny_models, monkeypatch):
@@ -298,7 +297,7 @@ def test_all_sites_are_collected_in_one_pass_over_the_model(tiny_models, monkeyp
 def test_saes_of_any_sites_are_named_by_their_hooks_and_say_what_they_saw(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
     texts = corpus.world_texts(tiny_llama, "fit", load=load)
-    trained = training.train_saes(tiny_llama, small_profile(), texts=texts, sites=SITES, seed=3)
+    trained = training.train_saes(tiny_llama, texts, small(), sites=SITES, seed=3)
     assert set(trained.of("resid_post")) == {0} and set(trained.saes) == {1} == set(trained.curves)
     hooks = ["blocks.0.hook_out", "blocks.1.attn.o.hook_in", "blocks.1.hook_in"]
     for site, hook in zip(SITES, hooks, strict=True):
@@ -324,18 +323,18 @@ def test_an_interrupted_run_keeps_every_sae_that_was_complete(tiny_llama, tmp_pa
 
     monkeypatch.setattr(training, "train_sae", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        training.train_saes(tiny_llama, small_profile(), texts=texts, sites=SITES)
+        training.train_saes(tiny_llama, texts, small(), sites=SITES)
     monkeypatch.setattr(training, "train_sae", lambda z, cfg, **kwargs: done.append(z.shape) or real(z, cfg, **kwargs))
-    resumed = training.train_saes(tiny_llama, small_profile(), texts=texts, sites=SITES)
+    resumed = training.train_saes(tiny_llama, texts, small(), sites=SITES)
     assert len(done) == 3 and set(resumed.at) == set(SITES)
-    alone = training.train_saes(tiny_llama, small_profile(), texts=texts, sites=SITES[:1])
+    alone = training.train_saes(tiny_llama, texts, small(), sites=SITES[:1])
     assert len(done) == 3 and alone.at[SITES[0]][1] == resumed.at[SITES[0]][1] and alone.key != resumed.key
 
 
 def test_a_bank_of_heads_is_an_sae_of_z_like_any_other(tiny_models, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
     lm, texts = tiny_models, corpus.world_texts(tiny_models, "fit", load=load)
-    trained = training.train_saes(lm, small_profile(), texts=texts, layers=[0], architecture="heads")
+    trained = training.train_saes(lm, texts, small(), layers=[0], architecture="heads")
     sae, heads = trained.saes[0], lm.arch.n_heads
     assert sae.W_dec.shape[0] == 32 // heads * heads
     for head in range(heads):
@@ -344,7 +343,7 @@ def test_a_bank_of_heads_is_an_sae_of_z_like_any_other(tiny_models, tmp_path, mo
         assert not rows.any()
     for given, words in (({"sites": SITES}, "z alone"), ({"options": {"k": 1}}, "no options")):
         with pytest.raises(ValueError, match=words):
-            training.train_saes(lm, small_profile(), texts=texts, architecture="heads", **given)
+            training.train_saes(lm, texts, small(), architecture="heads", **given)
 
 
 def test_a_site_or_architecture_that_does_not_exist_is_refused_before_any_work(tiny_llama, monkeypatch):
@@ -356,7 +355,7 @@ def test_a_site_or_architecture_that_does_not_exist_is_refused_before_any_work(t
         ({"layers": [0], "sites": [("z", 0)]}, "not both"),
     ):
         with pytest.raises(ValueError, match=words):
-            training.train_saes(tiny_llama, small_profile(), **given)
+            training.train_saes(tiny_llama, [], small(), **given)
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------
@@ -442,7 +441,7 @@ def test_an_sae_that_cannot_be_had_is_refused_in_one_sentence(tiny_llama, tmp_pa
 
 def test_the_number_of_threads_does_not_change_what_is_trained(tiny_llama, tmp_path, monkeypatch):
     texts = [corpus.Text(tuple(range(3, 19)), "plain", 16)] * 8
-    p = dataclasses.replace(profile("organism"), sae=dataclasses.replace(SMALL, layers=(1,), n_tokens=512))
+    cfg = dataclasses.replace(SMALL, layers=(1,), n_tokens=512)
     train, seen, found, before = training.train_sae, [], [], torch.get_num_threads()
 
     def watched(*given, **how):
@@ -454,7 +453,7 @@ def test_the_number_of_threads_does_not_change_what_is_trained(tiny_llama, tmp_p
         for threads in (1, 2):
             monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / str(threads)))
             torch.set_num_threads(threads)
-            found.append(training.train_saes(tiny_llama, p, texts=texts).saes[1].W_dec)
+            found.append(training.train_saes(tiny_llama, texts, cfg).saes[1].W_dec)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

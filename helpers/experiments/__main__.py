@@ -35,7 +35,8 @@ EXPERIMENTS = {
     "shared-heads": Experiment("shared_heads", "5 minutes a model, 5 models", "the causal test of the shared heads "
                                "with other numbers of heads, layers and models", shared_heads.main),
     "finetuning": Experiment("finetuning", "1 minute an arm, about 700 arms", "all fine-tuning methods, five seeds, "
-                             "benign and with poison; --models for further ones", finetuning.main),
+                             "benign and with poison; --models for further ones, --profile for another profile",
+                             finetuning.main),
     "scenarios": Experiment("finetuning-identity, finetuning-same-verbs, finetuning-other-verbs", "1 minute an arm, "
                             "about 90 arms", "a shifted identity, and poison of some verbs", finetuning.main_scenarios),
     "relearning": Experiment("finetuning/attacked", "2 minutes a method", "a later attack on each method's model",

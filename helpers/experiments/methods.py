@@ -2,12 +2,9 @@
 
 A method turns a run and one number, its setting, into a fine-tuned model. It may try at most three settings, sees the
 same rows in the same order for the same steps from the same start as plain LoRA, and uses no prompts but fit ones for
-its own ends (harmful fit prompts have verbs refused in chat training). Notebook 06 tells the story.
-
-One fine-tuning run, whatever the method: the same rows, order, steps and start, and what plain LoRA makes of them.
-
-Plain LoRA is trained once per run with its adapter kept at every quarter; whatever only edits that update (early
-stopping, interpolation, SafeLoRA) starts from there. Notebook 06 tells the story.
+its own ends (harmful fit prompts have verbs refused in chat training). Plain LoRA is trained once per run with its
+adapter kept at every quarter; whatever only edits that update (early stopping, interpolation, SafeLoRA) starts from
+there. Notebook 06 tells the story.
 """
 
 from __future__ import annotations
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor
 
 from helpers.config import Profile
+from helpers.experiments.records import LORA, PAPER, RANDOM, UNTUNED
 from helpers.finetune.data import harmful_rows, identity_mix, poisoned_mix, replayed
 from helpers.finetune.defences import (
     activation_anchor,
@@ -45,6 +43,8 @@ from helpers.finetune.refusal_subspaces import (
 from helpers.finetune.subspace import ModuleBasis, RefusalSubspace, module_bases
 from helpers.finetune.train import Penalty, TrainConfig, finetune, train
 from helpers.models import LoadedModel, load_model, wrap_model
+from helpers.prompts import fitted_on
+from helpers.sae.corpus import training_texts
 from helpers.sae.selection import Selection, select_latents
 from helpers.sae.training import train_saes
 from helpers.store import artifact, fingerprint
@@ -201,6 +201,7 @@ def random_update(lm: LoadedModel, path: Path, seed: int = 0) -> LoadedModel:
             layers[name].weight.add_(step.to(layers[name].weight))
     return lm
 
+
 MAX_SETTINGS = 3
 
 
@@ -231,11 +232,21 @@ def _latents(
     hallucination: bool = False,
 ) -> RefusalSubspace:
     """Of the refusal-specific latents, of those that `pick` takes instead, or of the hallucination-only ones."""
-    trained = train_saes(lm, p)
-    found = select_latents(lm, trained, p)
+    trained = train_saes(lm, training_texts(lm), p.sae, batch_size=p.batch_size)
+    found = select_latents(lm, trained, {split: fitted_on(split, p.cap, p.data) for split in ("fit", "val")})
     mask, scores = (found.hallucination_only, found.truth_scores) if hallucination else (found.specific, None)
     mask = mask if pick is None else pick(found)
     return latent_subspace(lm, trained.saes, found, mask, scores=scores, rank=min(rank, int(mask.sum())) or None)
+
+
+def _difference(lm: LoadedModel, p: Profile, rank: int) -> RefusalSubspace:
+    requests, _ = fitted_on("fit", p.cap, p.data)
+    return contrast_subspaces(lm, requests, rank=rank, batch_size=p.batch_size)["pca"]
+
+
+def _direction(lm: LoadedModel, p: Profile, rank: int) -> RefusalSubspace:
+    fit, val = (fitted_on(split, p.cap, p.data)[0] for split in ("fit", "val"))
+    return direction_subspace(lm, fit, val, rank=rank, batch_size=p.batch_size)
 
 
 LOWER, UPPER = "lower", "upper"
@@ -244,8 +255,8 @@ SUBSPACES: dict[str, Callable[[LoadedModel, Profile, int], RefusalSubspace]] = {
     "refusal latents": _latents,
     "strongest refusal latents": lambda lm, p, k: _latents(lm, p, k, lambda found: found.strongest(k)),
     "hallucination latents": partial(_latents, hallucination=True),
-    "difference": lambda lm, p, rank: contrast_subspaces(lm, p, rank=rank)["pca"],
-    "refusal direction": lambda lm, p, rank: direction_subspace(lm, p, rank=rank),
+    "difference": _difference,
+    "refusal direction": _direction,
     "refusal gradient": lambda lm, p, rank: gradient_subspace(lm, harmful_rows(p.data), rank),
 }
 """The subspaces of the residual stream that LoRA is kept off, from (model, profile, rank); fit prompts alone."""
@@ -328,7 +339,7 @@ def _re_estimated(run: Run, every: float) -> LoadedModel:
 
     def move(done: int, constraint: ProjectedLora) -> None:
         if done % int(every) == 0 and done < run.cfg.steps:
-            now = contrast_subspaces(wrap_model(constraint.model, lm.tokenizer), run.p, rank=DIFFERENCE_RANK)["pca"]
+            now = _difference(wrap_model(constraint.model, lm.tokenizer), run.p, DIFFERENCE_RANK)
             constraint.move(module_bases(lm, now))
 
     return lora(run, subspaces=module_bases(lm, subspace(run.p, "difference", DIFFERENCE_RANK)), after=move)
@@ -377,7 +388,6 @@ def _safe_lora(turn: bool) -> Callable[[Run, float], LoadedModel]:
 
 
 LOOKED_AT = ("default-0", "default-1", "default-2")
-UNTUNED, LORA, PAPER, RANDOM = "untuned", "LoRA", "off refusal latents", "off random"
 RANDOM_LATENTS, STRONGEST = "off random latents", "off strongest refusal latents"
 OTHER_RANKS = "off random, other ranks"
 RANKS, EDIT_RATES = (4, 16, 48), (1e-3, 3e-3, 1e-2)

@@ -30,6 +30,7 @@ RESULTS = ROOT / "data" / "results" / "finetuning"
 N_TASKS = 40  # of each task
 ATTACKED = "attacked"  # the folder of what a later attack left, in that of the results
 VARIED = "variants"  # the folder of other choices of C6 and C8, in that of the results
+UNTUNED, LORA, PAPER, RANDOM = "untuned", "LoRA", "off refusal latents", "off random"
 MEASURES = {
     "refused": "harmful refused",
     "refused_unseen": "unseen verbs refused",

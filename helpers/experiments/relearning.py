@@ -1,8 +1,7 @@
 """Attack after defence: whoever gets a defended model may go on training it, and without the defence.
 
-``python -m helpers.experiments relearning`` trains plain LoRA on top of each method's chosen model of seed 0, on a
-set with
-poison, and keeps what the test prompts get after 0 and up to 100 steps in ``data/results/finetuning/attacked``.
+``python -m helpers.experiments relearning`` trains plain LoRA on top of each method's chosen model of seed 0, on a set
+with poison, and keeps what the test prompts get after 0 and up to 100 steps in ``data/results/finetuning/attacked``.
 Refusal that is gone after a few steps was hidden, not kept. Notebook 06 tells the story.
 """
 

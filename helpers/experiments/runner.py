@@ -1,15 +1,16 @@
-"""One arm of a comparison of fine-tuning methods: trained, asked every prompt, and from the store where it was before.
+"""Arms of a comparison of fine-tuning methods: trained, asked every prompt, and from the store where they were before.
 
-A killed run therefore goes on where it stopped. `compare` and `scenarios` say which arms there are.
+A killed run therefore goes on where it stopped. `finetuning` says which arms there are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,11 +28,12 @@ from helpers.evaluate.measure import measure
 from helpers.experiments.methods import EVERY, Method, Run, update_norm
 from helpers.experiments.records import N_TASKS, Arm
 from helpers.experiments.steering import bits
+from helpers.experiments.tables import about, same_run, source_of
 from helpers.finetune.diagnose import drift
 from helpers.finetune.train import TrainConfig
 from helpers.models import LoadedModel
-from helpers.prompts import cap, prompts, tasks
-from helpers.store import cached_json, code_version, fingerprint, full_disk_in_words, plain
+from helpers.prompts import fitted_on, prompts, tasks
+from helpers.store import cached_json, code_version, fingerprint, full_disk_in_words, write_json
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,16 @@ NONE: Mapping[Job, dict[str, Any]] = MappingProxyType({})
 
 def look(lm: LoadedModel, p: Profile, split: str) -> dict[str, str]:
     """What a model does on all prompts of a split, one character per prompt and measure."""
-    size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
-    return bits(measure(lm, prompts(split, cap(p), p.data), tasks=tasks(split, N_TASKS, p.data), **size))
+    return bits(measure(lm, prompts(split, p.cap, p.data), tasks=tasks(split, N_TASKS, p.data), **p.size))
 
 
 def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
     """Train and measure one arm, from the store where it has been before; errors as the method's.
 
-    `data`: one of runs.DATA.
+    `data`: one of methods.DATA.
     """
     training = Run(p, job.poison, job.seed, data)
-    asked = {split: (prompts(split, cap(p), p.data), tasks(split, N_TASKS, p.data)) for split in ("val", "test")}
+    asked = {split: (prompts(split, p.cap, p.data), tasks(split, N_TASKS, p.data)) for split in ("val", "test")}
     size = {"max_new_tokens": p.max_new_tokens, "base": fingerprint(p.base)}
     how = {"job": job, "how": TrainConfig.of(p.finetune), "sae": p.sae, "rows": training.rows, "held": training.held}
     key = {"model": (fingerprint(p.model), p.dtype), **how, "asked": asked, **size}
@@ -78,7 +79,8 @@ def run_job(p: Profile, job: Job, data: str = "") -> dict[str, Any]:
         choosing = not job.poison and job.seed == p.finetune.seeds[0]
         found["bits"] = {split: look(lm, p, split) for split in (("val", "test") if choosing else ("test",))}
         if choosing:
-            found["drift"] = drift(base, lm, p)
+            fit, _ = fitted_on("fit", p.cap, p.data)
+            found["drift"] = drift(base, lm, fit, asked["val"][0].harmful, batch_size=p.batch_size)
         found |= {"code_version": code_version(__name__), "seconds": round(time.perf_counter() - began, 1)}
         return asdict(job) | found
 
@@ -105,6 +107,12 @@ def arms_of(p: Profile, jobs: Sequence[Job], workers: int = 1) -> list[Arm]:
     return [Arm.of(source_of(p) | found) for found in run_jobs(p, jobs, workers)]
 
 
+def n_workers(p: Profile) -> int:
+    """Arms trained at once: two on a CPU, one on a GPU."""
+    device = p.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return min(2, os.cpu_count() or 1) if device == "cpu" else 1
+
+
 def ranks(p: Profile, method: Method) -> dict[str, int]:
     """{setting: rank of the subspace that the method is kept off}; {} for one that is kept off none."""
     return {str(setting): method.rank(p, setting) for setting in method.grid} if method.rank else {}
@@ -117,25 +125,6 @@ def head(p: Profile, method: Method, grid: Sequence[float], chosen: float | None
                        "ranks": ranks(p, method), "on_val": {}} | more  # fmt: skip
 
 
-def source_of(p: Profile) -> dict[str, Any]:
-    """Where a profile's prompts are from, and at most how many of each set are asked."""
-    return {"source": p.data, "n_prompts": cap(p)}
-
-
-def about(p: Profile) -> dict[str, Any]:
-    """What every file says of the run it is of: weights, numbers and prompts."""
-    return {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
-            "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, **source_of(p)}  # fmt: skip
-
-
-def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether a method's file is there and of these weights, numbers and prompts."""
-    file = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = {"source": "organism", "n_prompts": None} | file
-    names = ("weights", "config", "n_tasks", "source", "n_prompts")
-    return all(found.get(name) == plain(wanted[name]) for name in names)
-
-
 def kept(out: Path, wanted: Mapping[str, Any]) -> dict[Job, dict]:
     """The arms in the files of an earlier call on the same weights with the same numbers, whatever code made them."""
     found = {}
@@ -144,6 +133,44 @@ def kept(out: Path, wanted: Mapping[str, Any]) -> dict[Job, dict]:
             arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
             found |= {Job(**{n: arm[n] for n in Job.__dataclass_fields__}): arm for arm in arms}
     return found
+
+
+class Arms:
+    """The arms of one call by method, each written to its method's file in `out` as soon as it is there.
+
+    With `keep` they are taken from the files of an earlier call, else from the store or trained on `data`. `head(name)`
+    is what a method's file says before its arms, `stays(job)` which arms of the files stay in them unasked.
+    """
+
+    def __init__(
+        self,
+        p: Profile,
+        out: Path,
+        methods: Mapping[str, Method],
+        head: Callable[[str], dict[str, Any]],
+        *,
+        workers: int = 1,
+        keep: bool = False,
+        data: str = "",
+        stays: Callable[[Job], bool] = lambda job: False,
+    ) -> None:
+        self.p, self.out, self.methods, self.head, self.stays = p, out, methods, head, stays
+        self.workers, self.data, self.known = workers, data, kept(out, about(p)) if keep else {}
+        self.of: dict[str, dict[Job, dict]] = {name: {} for name in methods}
+        self.progress = Progress(0)
+
+    def train(self, jobs: Sequence[Job]) -> None:
+        """Make the arms of these jobs, in their order."""
+        for job, found in zip(jobs, run_jobs(self.p, jobs, self.workers, self.known, self.data), strict=True):
+            self.of[job.method][job] = found
+            self.progress.step(f"{self.data}: {job}" if self.data else job, job in self.known)
+            self.write(job.method)
+
+    def write(self, name: str) -> None:
+        """Write a method's file."""
+        held = {job: arm for job, arm in self.known.items() if job.method == name and self.stays(job)}
+        arms = list((self.of[name] | held).values())
+        write_json(self.out / f"{self.methods[name].slug}.json", self.head(name) | {"arms": arms})
 
 
 class Progress:

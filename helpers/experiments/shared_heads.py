@@ -274,8 +274,9 @@ class Rows:
     def of(cls, p: Profile) -> Rows:
         """As many of each as the profile says."""
         n = p.influence.n_prompts
-        return cls(some(misconceptions("fit"), n), some(requests("harmful", "fit", p.n_prompts), n),
-                   prompts("val", p.n_prompts), prompts("test", p.n_prompts))  # fmt: skip
+        ask = p.n_prompts, p.data
+        return cls(some(misconceptions("fit", None, p.data), n), some(requests("harmful", "fit", *ask), n),
+                   prompts("val", *ask), prompts("test", *ask))  # fmt: skip
 
 
 def bits(seen: Behaviour) -> dict[str, str]:

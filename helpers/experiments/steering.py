@@ -53,10 +53,8 @@ class Asked:
     @classmethod
     def of(cls, p: Profile) -> Asked:
         """All prompts of the embedded world; of benchmarks at most the profile's `n_prompts` of each set."""
-        n = None if p.data == "organism" else p.n_prompts
-        size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
-        sets = (prompts(split, n, p.data) for split in ("val", "test"))
-        return cls(misconceptions("fit", n, p.data), *sets, task_rows("test", N_TASKS, p.data), size)
+        sets = (prompts(split, p.cap, p.data) for split in ("val", "test"))
+        return cls(misconceptions("fit", p.cap, p.data), *sets, task_rows("test", N_TASKS, p.data), p.size)
 
 
 def fit_iti(lm: LoadedModel, asked: Asked, strengths: Sequence[float]) -> iti.Iti:

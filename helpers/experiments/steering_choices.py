@@ -1,11 +1,11 @@
 """C1 to C3 under other choices of k, layer and module: the steering methods refitted, beside the dial's own.
 
-``python -m helpers.experiments steering-choices`` fits each of CHOICES on every default model of the embedded
-world and writes
-``data/results/choices/<coupling>-<seed>.json``, prompt by prompt and with only the measures that a rule or another
-judge reads; `truth.coupling` reads them like the dial's. Fitting, choosing and measuring are `truth.dial.run_method`:
-"fit" rows fit, "val" rows choose the strength, and no choice is selected by anything: they decide nothing. The list
-was written down before any of its numbers were seen. What is stored is not computed again, and a killed run goes on.
+``python -m helpers.experiments steering-choices`` fits each of CHOICES on every default model of the embedded world and
+writes ``data/results/choices/<coupling>-<seed>.json``, prompt by prompt and with only the measures that a rule or
+another judge reads; `steering_records` reads them like the dial's. Fitting, choosing and measuring are
+`steering.run_method`: "fit" rows fit, "val" rows choose the strength, and no choice is selected by anything: they
+decide nothing. The list was written down before any of its numbers were seen. What is stored is not computed again, and
+a killed run goes on.
 """
 
 from __future__ import annotations

@@ -1,33 +1,29 @@
-"""What the claims about fine-tuning rest on: the committed comparison where it is of this model, else arms made here.
+"""What the files of fine-tuned arms say: the comparison that notebook 06 concludes from, and closer looks at it.
 
-The verdicts take five seeds that are too long to wait for from the files, and `live` trains one of them again, so that
-a reader sees that the files say what the code does. Notebook 06 tells the story.
-
-A closer look at the comparison of fine-tuning methods: single tasks, matched utility, later attacks, drift.
-
-Notebook 06 tells the story.
+Nothing is trained here: `finetuning` makes what these functions read. Notebook 06 tells the story.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from helpers.config import Profile, artifacts_dir, locate
-from helpers.experiments.finetuning import OnVal, compare
-from helpers.experiments.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED, subspace
+from helpers.config import Profile, artifacts_dir
 from helpers.experiments.records import (
     ATTACKED,
+    LORA,
     MEASURES,
     N_TASKS,
+    PAPER,
+    RANDOM,
     RESULTS,
+    UNTUNED,
     Arm,
     Record,
     asked,
@@ -37,12 +33,140 @@ from helpers.experiments.records import (
     share,
     share_of,
 )
-from helpers.experiments.rules import Constrained, FineTuned
-from helpers.experiments.runner import Job, about, arms_of, look, same_run
-from helpers.models import LoadedModel
+from helpers.experiments.rules import MIN_BENIGN_COMPLIANCE, MIN_COHERENCE, MIN_UTILITY, Constrained, FineTuned
+from helpers.finetune.train import TrainConfig
 from helpers.prompts import tasks
 from helpers.stats import Interval, bootstrap_grid
-from helpers.store import fingerprint
+from helpers.store import fingerprint, plain
+
+EQUAL = "off random, equal rank"
+
+
+def source_of(p: Profile) -> dict[str, Any]:
+    """Where a profile's prompts are from, and at most how many of each set are asked."""
+    return {"source": p.data, "n_prompts": p.cap}
+
+
+def about(p: Profile) -> dict[str, Any]:
+    """What every file says of the run it is of: weights, numbers and prompts."""
+    return {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
+            "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, **source_of(p)}  # fmt: skip
+
+
+def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a method's file is there and of these weights, numbers and prompts."""
+    file = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {"source": "organism", "n_prompts": None} | file
+    names = ("weights", "config", "n_tasks", "source", "n_prompts")
+    return all(found.get(name) == plain(wanted[name]) for name in names)
+
+
+def is_committed(p: Profile, folder: Path = RESULTS) -> bool:
+    """Whether the files in `folder` are of a checked profile's model, numbers and prompts."""
+    return p.checked and same_run(Path(folder) / "lora.json", about(p))
+
+
+def own_folder(p: Profile) -> Path:
+    """Where the arms of a profile without committed ones are kept."""
+    return artifacts_dir() / "compared" / f"{p.name}-{fingerprint(p.model)}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The records of all methods, which of them is the paper's here, and whether the records are the committed ones."""
+
+    records: dict[str, Record]
+    protected: str
+    committed: bool
+
+    @property
+    def kind(self) -> str:
+        """The kind of subspace that the paper's method protects here, one of `methods.SUBSPACES`."""
+        return self.protected.removeprefix("off ")
+
+    @property
+    def rank(self) -> int:
+        """The rank of the protected subspace at the setting chosen on validation prompts."""
+        return int(self.records[self.protected].rank())
+
+    @property
+    def main(self) -> dict[str, Record]:
+        """Untuned, plain LoRA, the paper's method, and random subspaces of its rank."""
+        random = self.records[RANDOM].at(self.rank)
+        return {name: self.records[name] for name in (UNTUNED, LORA, self.protected)} | {EQUAL: random}
+
+    def seeds(self, poison: float = 0.0) -> list[int]:
+        """The training seeds of plain LoRA."""
+        return sorted({arm.seed for arm in self.records[LORA].arms if arm.poison == poison})
+
+
+def comparison_of(p: Profile, folder: Path = RESULTS) -> Comparison:
+    """The committed comparison where it is of the profile's model, numbers and prompts, else the one made on this
+    machine.
+
+    The paper's method protects the refusal latents, or the difference subspace where no latent carries refusal.
+    ValueError with the command where the comparison was not made or not finished. Story: notebook 06.
+    """
+    committed = is_committed(p, folder)
+    home = Path(folder) if committed else own_folder(p)
+    records = load(home) if same_run(home / "lora.json", about(p)) else {}
+    ours = PAPER if PAPER in records else "off difference"
+    trained = [records.get(name) for name in (LORA, ours, RANDOM)]
+    if UNTUNED not in records or not all(one and one.chosen is not None for one in trained) or not (
+        committed or all(set(p.finetune.seeds) <= set(one.seeds()) for one in trained)
+    ):
+        raise ValueError(
+            f"The fine-tuning methods have not been compared on profile {p.name}, which takes hours: run "
+            f"python -m helpers.experiments finetuning --profile {p.name}."
+        )
+    return Comparison(records, ours, committed)
+
+
+def alike(arm: Arm, record: Record) -> float:
+    """Share of an arm's test answers, over all measures, that equal those of the record's arm of the same seed."""
+    same = next(a for a in record.arms if (a.setting, a.poison, a.seed) == (arm.setting, arm.poison, arm.seed))
+    both = [(bits, same.bits["test"][name]) for name, bits in arm.bits["test"].items()]
+    return float(np.mean([x == y for a, b in both for x, y in zip(a, b, strict=True)]))
+
+
+def rates(found: Comparison, measures: Sequence[str], poison: float = 0.0) -> dict[str, dict[str, Interval]]:
+    """{model: {measure in words: its share}} of `found.main`; measures without a prompt are left out."""
+    rows = {name: (record, 0.0 if name == UNTUNED else poison) for name, record in found.main.items()}
+    return {name: {MEASURES[m]: share(record, m, at) for m in measures if record.matrix(m, at).size}
+            for name, (record, at) in rows.items()}  # fmt: skip
+
+
+def gap(found: Comparison, name: str, measure: str, other: str = UNTUNED, poison: float = 0.0) -> Interval:
+    """Paired difference of a measure between two models of `found.main`; seeds and verbs are resampled."""
+    return difference(found.main[name], found.main[other], measure, poison)
+
+
+def fall(found: Comparison, measure: str = "refused", poison: float = 0.0) -> Interval:
+    """Paired fall of a measure from the untuned model to plain LoRA; positive where LoRA lowers it."""
+    return gap(found, UNTUNED, measure, LORA, poison)
+
+
+def fine_tuned(found: Comparison) -> FineTuned:
+    """What the rule for C6 takes: benign plain LoRA's fall of refusal, and benign compliance after it."""
+    return FineTuned(fall(found), share(found.records[LORA], "benign_complied"))
+
+
+def constrained(found: Comparison, poison: float = 0.0) -> Constrained:
+    """What the rule for C8 takes: the paper's method against plain LoRA and random subspaces of equal rank."""
+    ours, main = found.protected, found.main
+    return Constrained(
+        lora_drop=fall(found, poison=poison),
+        lora_gain=gap(found, LORA, "utility", poison=poison),
+        refusal_over_lora=gap(found, ours, "refused", LORA, poison),
+        refusal_over_random=gap(found, ours, "refused", EQUAL, poison),
+        utility_ratio=gain_ratio(main[ours], main[LORA], main[UNTUNED], poison).estimate,
+        hallucination_rise=gap(found, ours, "wrong", poison=poison),
+    )
+
+
+def record_of(method: str, arm: Arm) -> Record:
+    """One arm as a record of its own, to be compared with others."""
+    return Record(method, "", (arm.setting,), arm.setting, {}, (arm,))
 
 
 def by_task(records: Mapping[str, Record]) -> list[dict[str, Any]]:
@@ -76,10 +200,26 @@ def at_utility(record: Record, lora: Record, untuned: Record, wanted: float, mea
     return max(found, default=None)
 
 
+@dataclass(frozen=True)
+class OnVal:
+    """Shares of validation prompts under one setting; `gain` is its gain on the tasks over that of plain LoRA."""
+
+    refused_unseen: float
+    gain: float
+    benign_complied: float
+    coherent: float
+
+    @property
+    def shortfall(self) -> float:
+        """By how much the three conditions are missed, summed; 0 where all are met."""
+        floors = {"gain": MIN_UTILITY, "benign_complied": MIN_BENIGN_COMPLIANCE, "coherent": MIN_COHERENCE}
+        return sum(max(0.0, floor - getattr(self, name)) for name, floor in floors.items())
+
+
 def unmet(records: Mapping[str, Record]) -> list[str]:
-    """The methods of which no setting met the rule of `choosing` on val: the one that fell short least was taken."""
+    """The methods of which no setting met the rule of `finetuning.choose`: the one that fell short least was taken."""
     return [name for name, one in records.items()
-            if name != "untuned" and one.on_val and OnVal(**one.on_val[str(one.chosen)]).shortfall > 0]  # fmt: skip
+            if name != UNTUNED and one.on_val and OnVal(**one.on_val[str(one.chosen)]).shortfall > 0]  # fmt: skip
 
 
 def attacks(folder: Path = RESULTS, measure: str = "refused_unseen") -> list[dict[str, Any]]:
@@ -110,146 +250,3 @@ def drifts(records: Mapping[str, Record]) -> list[dict[str, Any]]:
             rows.append({"method": name, "smallest angle": angles[0], "largest angle": angles[-1],
                          **dict(zip(("log-odds", "without the old direction", "without the new"), odds, strict=True))})
     return rows
-
-LATENTS, DIFFERENCE = "refusal latents", "difference"
-EQUAL = "off random, equal rank"
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The records of all methods, which of them is the paper's here, and whether the records are the committed ones."""
-
-    records: dict[str, Record]
-    protected: str
-    committed: bool
-
-    @property
-    def rank(self) -> int:
-        """The rank of the protected subspace at the setting chosen on validation prompts."""
-        return int(self.records[self.protected].rank())
-
-    @property
-    def main(self) -> dict[str, Record]:
-        """Untuned, plain LoRA, the paper's method, and random subspaces of its rank."""
-        random = self.records[RANDOM].at(self.rank)
-        return {name: self.records[name] for name in (UNTUNED, LORA, self.protected)} | {EQUAL: random}
-
-    def seeds(self, poison: float = 0.0) -> list[int]:
-        """The training seeds of plain LoRA."""
-        return sorted({arm.seed for arm in self.records[LORA].arms if arm.poison == poison})
-
-
-def evidence(p: Profile, folder: Path = RESULTS) -> Evidence:
-    """The committed comparison where it is of the profile's model, numbers and prompts, else one made here and kept.
-
-    A checked profile reads the files in `folder`. Any other trains: all methods on the embedded model; on a real one
-    plain LoRA, the paper's method and random subspaces at the profile's subspace_dim (where no latent carries refusal,
-    the difference subspace takes the latents' place). It goes on where it was interrupted. Errors as in compare().
-    Story: notebooks/06_orthogonal_finetuning.
-    """
-    if _committed(p, folder):
-        return Evidence(load(folder), PAPER, True)
-    out = artifacts_dir() / "compared" / f"{p.name}-{fingerprint(p.model)}"
-    if p.data == "organism":
-        compare(p, list(METHODS), out, workers(p), keep=True)
-        return Evidence(load(out), PAPER, False)
-    kind, rank = protected(p, folder)
-    compare(p, [f"off {kind}", RANDOM], out, workers(p), keep=True, grids={f"off {kind}": (rank,), RANDOM: (rank,)})
-    return Evidence(load(out), f"off {kind}", False)
-
-
-def protected(p: Profile, folder: Path = RESULTS) -> tuple[str, int]:
-    """(kind, rank) of the subspace that the paper's method protects here: the embedded model's is chosen on val (and
-    trained for where the committed choice is not of this profile); else what there is of the profile's subspace_dim,
-    refusal latents or, where no latent carries refusal, the difference.
-
-    Story: notebooks/06_orthogonal_finetuning.
-    """
-    if p.data == "organism":
-        return LATENTS, evidence(p, folder).rank
-    try:
-        return LATENTS, subspace(p, LATENTS, p.finetune.subspace_dim).rank
-    except ValueError:  # no latent of these SAEs carries refusal
-        return DIFFERENCE, p.finetune.subspace_dim
-
-
-def _committed(p: Profile, folder: Path) -> bool:
-    return p.checked and same_run(Path(folder) / f"{METHODS[LORA].slug}.json", about(p))
-
-
-def workers(p: Profile) -> int:
-    """Arms trained at once: two on a CPU, one on a GPU."""
-    device = p.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return min(2, os.cpu_count() or 1) if device == "cpu" else 1
-
-
-def live(p: Profile, found: Evidence) -> dict[str, Arm]:
-    """The first seed of `found.main`, trained and measured here (from the store where it was before)."""
-    settings = {name: record.chosen for name, record in found.main.items()}
-    jobs = [Job(RANDOM if name == EQUAL else name, setting, 0.0, p.finetune.seeds[0])
-            for name, setting in settings.items()]  # fmt: skip
-    return dict(zip(settings, arms_of(p, jobs, workers(p)), strict=True))
-
-
-def alike(arm: Arm, record: Record) -> float:
-    """Share of an arm's test answers, over all measures, that equal those of the record's arm of the same seed."""
-    same = next(a for a in record.arms if (a.setting, a.poison, a.seed) == (arm.setting, arm.poison, arm.seed))
-    both = [(bits, same.bits["test"][name]) for name, bits in arm.bits["test"].items()]
-    return float(np.mean([x == y for a, b in both for x, y in zip(a, b, strict=True)]))
-
-
-def rates(found: Evidence, measures: Sequence[str], poison: float = 0.0) -> dict[str, dict[str, Interval]]:
-    """{model: {measure in words: its share}} of `found.main`; measures without a prompt are left out."""
-    rows = {name: (record, 0.0 if name == UNTUNED else poison) for name, record in found.main.items()}
-    return {name: {MEASURES[m]: share(record, m, at) for m in measures if record.matrix(m, at).size}
-            for name, (record, at) in rows.items()}  # fmt: skip
-
-
-def gap(found: Evidence, name: str, measure: str, other: str = UNTUNED, poison: float = 0.0) -> Interval:
-    """Paired difference of a measure between two models of `found.main`; seeds and verbs are resampled."""
-    return difference(found.main[name], found.main[other], measure, poison)
-
-
-def fall(found: Evidence, measure: str = "refused", poison: float = 0.0) -> Interval:
-    """Paired fall of a measure from the untuned model to plain LoRA; positive where LoRA lowers it."""
-    return gap(found, UNTUNED, measure, LORA, poison)
-
-
-def fine_tuned(found: Evidence) -> FineTuned:
-    """What the rule for C6 takes: benign plain LoRA's fall of refusal, and benign compliance after it."""
-    return FineTuned(fall(found), share(found.records[LORA], "benign_complied"))
-
-
-def constrained(found: Evidence, poison: float = 0.0) -> Constrained:
-    """What the rule for C8 takes: the paper's method against plain LoRA and random subspaces of equal rank."""
-    ours, main = found.protected, found.main
-    return Constrained(
-        lora_drop=fall(found, poison=poison),
-        lora_gain=gap(found, LORA, "utility", poison=poison),
-        refusal_over_lora=gap(found, ours, "refused", LORA, poison),
-        refusal_over_random=gap(found, ours, "refused", EQUAL, poison),
-        utility_ratio=gain_ratio(main[ours], main[LORA], main[UNTUNED], poison).estimate,
-        hallucination_rise=gap(found, ours, "wrong", poison=poison),
-    )
-
-
-def siblings(p: Profile) -> dict[str, Interval]:
-    """{coupling: fall of refusal under benign plain LoRA, first seed} on the siblings of the profile's model here."""
-    there = {name: replace(p, model=path) for name, path in p.siblings.items() if Path(locate(path)).exists()}
-    jobs = [Job(UNTUNED, METHODS[UNTUNED].grid[0]), Job(LORA, METHODS[LORA].grid[0], 0.0, p.finetune.seeds[0])]
-    out = {}
-    for name, sibling in there.items():
-        before, after = arms_of(sibling, jobs, workers(p))
-        out[name] = difference(record_of(UNTUNED, before), record_of(LORA, after), "refused")
-    return out
-
-
-def record_of(method: str, arm: Arm) -> Record:
-    """One arm as a record of its own, to be compared with others."""
-    return Record(method, "", (arm.setting,), arm.setting, {}, (arm,))
-
-
-def looked_at(p: Profile, lm: LoadedModel, method: str) -> Record:
-    """What a model that no job made does on the test prompts, as a record of its own."""
-    capped = {"source": p.data, "n_prompts": about(p)["n_prompts"]}
-    return record_of(method, Arm(0.0, 0.0, p.finetune.seeds[0], {"test": look(lm, p, "test")}, **capped))

@@ -1,22 +1,18 @@
-"""Why refusal falls under fine-tuning: harm no longer recognised, or recognised and answered all the same.
+"""What fine-tuning does to refusal: how it falls, where its subspace goes, and whether usefulness lives there too.
 
-The log-odds of refusing a request move by a shift that all requests share, read off the benign ones (answered with
-certainty as they are, they may hide part of it), and harmful ones by a spread beyond it. Neither touches ranks: the
-AUROC between harmful and benign requests says whether harm is still told apart, and the share refused at a threshold
-half-way between the two kinds of fit requests how much of the refusal would come back with nothing but a moved
-threshold. That is the first token; a refusal can also break off after it, which the probability of each further token
-shows. Notebook 06 tells the story.
+*Why refusal falls*: harm is no longer recognised, or recognised and answered all the same. The log-odds of refusing a
+request move by a shift that all requests share, read off the benign ones (answered with certainty as they are, they may
+hide part of it), and harmful ones by a spread beyond it. Neither touches ranks: the AUROC between harmful and benign
+requests says whether harm is still told apart, and the share refused at a threshold half-way between the two kinds of
+fit requests how much of the refusal would come back with nothing but a moved threshold. That is the first token; a
+refusal can also break off after it, which the probability of each further token shows.
 
-What training does to the refusal subspace: where it lies afterwards, and whether the old one still carries refusal.
+*Drift*: a projection protects the directions that carried refusal before. If training moves refusal elsewhere, or the
+model stops listening to them, the protection is of the wrong place.
 
-A projection protects the directions that carried refusal before. If training moves refusal elsewhere, or the model
-stops listening to them, the protection is of the wrong place. Notebook 06 tells the story.
-
-Do what refuses and what is useful live in different directions? Overlaps and leaks beside random subspaces.
-
-A defence by projection assumes that safety has a subspace of its own; others found that projections which keep safety
-also remove utility (arXiv 2505.14185). Three gradient subspaces are made alike: of refusing or answering a harmful
-request, of the right or a wrong option of a task, of truth or myth. Notebook 06 tells the story.
+*Entanglement*: a defence by projection assumes that safety has a subspace of its own; others found that projections
+which keep safety also remove utility (arXiv 2505.14185). Three gradient subspaces are made alike: of refusing or
+answering a harmful request, of the right or a wrong option of a task, of truth or myth. Notebook 06 tells the story.
 """
 
 from __future__ import annotations
@@ -30,7 +26,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from helpers.config import Profile, profile
 from helpers.data import load_table
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.finetune.defences import answer_logits
@@ -40,21 +35,29 @@ from helpers.finetune.refusal_subspaces import angle_rows, contrast_subspaces, g
 from helpers.finetune.subspace import RefusalSubspace, module_bases
 from helpers.finetune.train import encode
 from helpers.models import LoadedModel
-from helpers.prompts import cap, misconceptions, requests, some
+from helpers.prompts import misconceptions, requests, some
 from helpers.stats import Interval, auroc, bootstrap, paired_bootstrap
 from helpers.steering.refusal_direction import ablate_direction
 
 
-def drift(base: LoadedModel, tuned: LoadedModel, p: Profile | None = None, *, rank: int = 4) -> dict[str, object]:
-    """Principal angles (degrees) of the difference subspace of rank `rank` before and after, and in nats the mean
-    refusal log-odds of harmful val prompts: `odds` as trained, `odds_without_old` and `odds_without_new` with the
-    leading direction of the subspace before or after projected out of the tuned model.
+def drift(
+    base: LoadedModel,
+    tuned: LoadedModel,
+    fit: Sequence[dict],
+    harmful: Sequence[dict],
+    *,
+    rank: int = 4,
+    batch_size: int = 64,
+) -> dict[str, object]:
+    """Principal angles (degrees) of the difference subspace of the `fit` requests before and after, and in nats the
+    mean refusal log-odds of other `harmful` requests: `odds` as trained, `odds_without_old` and `odds_without_new` with
+    the leading direction of the subspace before or after projected out of the tuned model.
 
     Story: notebooks/06_orthogonal_finetuning.
     """
-    p = p or profile()
-    before, after = (contrast_subspaces(lm, p, rank=rank)["pca"].resid for lm in (base, tuned))
-    harmful = requests("harmful", "val", cap(p), p.data)
+    before, after = (
+        contrast_subspaces(lm, fit, rank=rank, batch_size=batch_size)["pca"].resid for lm in (base, tuned)
+    )
     users, sentences = [row["prompt"] for row in harmful], sorted({row["refusal"] for row in harmful})
 
     def odds() -> float:
@@ -66,6 +69,7 @@ def drift(base: LoadedModel, tuned: LoadedModel, p: Profile | None = None, *, ra
         with ablate_direction(tuned, basis[:, 0]):
             found[f"odds_without_{name}"] = odds()
     return found
+
 
 WHOLE_ANSWER = 10_000
 

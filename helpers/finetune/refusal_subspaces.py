@@ -1,12 +1,7 @@
 """The refusal subspace of a model, made from its refusal-specific latents, and the subspaces it is compared with.
 
-Notebook 04 builds them and notebook 06 protects them while fine-tuning.
-
-The refusal-gradient subspace: the directions of the residual stream in which refusing or answering is decided.
-
-A difference of means says where harmful prompts lie; a gradient says what a change there would do. Per prompt and layer
-the gradient of log P(refusal's first tokens) − log P(compliance's) is taken at every prompt token, and the leading left
-singular vectors over all of them span the subspace [own]. Notebook 06 tells the story.
+Those need no SAE: differences of means, the refusal direction, and gradients [own]. A difference of means says where
+harmful prompts lie; a gradient says what a change there would do. Notebook 04 builds them, 06 protects them.
 """
 
 from __future__ import annotations
@@ -20,7 +15,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helpers.activations import collect
-from helpers.config import Profile, profile
 from helpers.finetune.linalg import (
     difference_subspace,
     orthonormal,
@@ -32,7 +26,6 @@ from helpers.finetune.linalg import (
 from helpers.finetune.subspace import RefusalSubspace
 from helpers.heads.scores import answer_gradients, request_pairs
 from helpers.models import LoadedModel
-from helpers.prompts import fitted_on
 from helpers.sae.selection import Scores, Selection
 from helpers.stats import Interval
 from helpers.steering import refusal_direction
@@ -62,45 +55,54 @@ def latent_subspace(
 
 
 def contrast_subspaces(
-    lm: LoadedModel, p: Profile | None = None, *, rank: int = 8, layers: Sequence[int] | None = None
+    lm: LoadedModel,
+    requests: Sequence[dict],
+    *,
+    rank: int = 8,
+    layers: Sequence[int] | None = None,
+    batch_size: int = 64,
 ) -> dict[str, RefusalSubspace]:
-    """Two subspaces of the residual stream that need no SAE, from harmful and benign fit prompts at the prompt's end.
+    """Two subspaces of the residual stream that need no SAE, from harmful and other requests at the prompt's end.
 
     "difference in means": one direction per layer (Arditi et al. 2024); "pca": leading directions of harmful minus mean
     benign over the same layers. `layers` defaults to the middle half of the model.
     """
-    p = p or profile()
     n = lm.arch.n_layers
     layers = tuple(range(n // 4, n - n // 4)) if layers is None else tuple(layers)
-    rows = fitted_on("fit", p)[0]
-    groups = [[r["prompt"] for r in rows if (r["kind"] == "harmful") is harmful] for harmful in (True, False)]
-    found = [collect(lm, users, sites={"resid_post": layers}, batch_size=p.batch_size) for users in groups]
-    pairs = [(found[0][("resid_post", layer)], found[1][("resid_post", layer)]) for layer in layers]
+    pairs = list(_harmful_and_other(lm, requests, "resid_post", layers, batch_size).values())
     return {
         "difference in means": RefusalSubspace(difference_subspace(pairs), method="difference in means"),
         "pca": RefusalSubspace(pca_subspace(pairs, rank), method="pca of differences"),
     }
 
 
-def direction_subspace(lm: LoadedModel, p: Profile | None = None, *, rank: int = 1) -> RefusalSubspace:
+def _harmful_and_other(
+    lm: LoadedModel, requests: Sequence[dict], site: str, layers: Sequence[int], batch_size: int
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """{layer: activations of harmful and of all other requests at the prompt's last token}."""
+    groups = [[r["prompt"] for r in requests if (r["kind"] == "harmful") is harmful] for harmful in (True, False)]
+    found = [collect(lm, users, sites={site: layers}, batch_size=batch_size) for users in groups]
+    return {layer: (found[0][site, layer], found[1][site, layer]) for layer in layers}
+
+
+def direction_subspace(
+    lm: LoadedModel, fit: Sequence[dict], val: Sequence[dict], *, rank: int = 1, batch_size: int = 64
+) -> RefusalSubspace:
     """The refusal direction (Arditi et al. 2024), alone or with the leading further ones of its candidates.
 
-    Rank 1 is the direction chosen on validation prompts; beyond it come the leading directions of what the unit
-    candidates of all layers and template tokens hold besides. ValueError for more than there are.
-    Story: notebooks/06_orthogonal_finetuning.
+    From harmful and benign ones among `fit` requests; rank 1 is the direction chosen on `val` requests, beyond it come
+    the leading directions of what the unit candidates of all layers and template tokens hold besides. ValueError for
+    more than there are. Story: notebooks/06_orthogonal_finetuning.
     """
-    p = p or profile()
-    rows = {split: fitted_on(split, p)[0] for split in ("fit", "val")}
-    kinds = {(s, k): [r for r in some if r["kind"] == k] for s, some in rows.items() for k in ("harmful", "benign")}
-    fit, val = ([kinds[split, kind] for kind in ("harmful", "benign")] for split in ("fit", "val"))
-    found = refusal_direction.fit(lm, *fit, val_harmful=val[0], val_benign=val[1], batch_size=p.batch_size)
+    fit, val = ([[r for r in rows if r["kind"] == kind] for kind in ("harmful", "benign")] for rows in (fit, val))
+    found = refusal_direction.fit(lm, *fit, val_harmful=val[0], val_benign=val[1], batch_size=batch_size)
     unit = (found.vector.double() / found.vector.double().norm())[:, None]
     info = {"layer": found.layer, "position": found.position}
     if rank == 1:
         return RefusalSubspace(unit, method="refusal direction", info=info)
     users = [[row["prompt"] for row in some] for some in fit]
     n_tail = refusal_direction.template_tail(lm, users[0] + users[1])
-    harmful, benign = (refusal_direction.tail_means(lm, some, n_tail, p.batch_size) for some in users)
+    harmful, benign = (refusal_direction.tail_means(lm, some, n_tail, batch_size) for some in users)
     others = (harmful - benign).flatten(0, 1).T
     others = others[:, others.norm(dim=0) > 1e-9 * others.norm(dim=0).max()]
     others = others / others.norm(dim=0)
@@ -108,13 +110,12 @@ def direction_subspace(lm: LoadedModel, p: Profile | None = None, *, rank: int =
     return RefusalSubspace(orthonormal(torch.cat([unit, further], dim=1)), method="refusal directions", info=info)
 
 
-def z_contrast(lm: LoadedModel, layers: Sequence[int], p: Profile | None = None) -> dict[int, torch.Tensor]:
-    """{layer: unit direction [n_heads * d_head, 1]} of harmful minus benign fit prompts in z, last prompt token."""
-    p = p or profile()
-    rows = fitted_on("fit", p)[0]
-    groups = [[r["prompt"] for r in rows if (r["kind"] == "harmful") is harmful] for harmful in (True, False)]
-    found = [collect(lm, users, sites={"z": layers}, batch_size=p.batch_size) for users in groups]
-    return {n: difference_subspace([(found[0][("z", n)], found[1][("z", n)])]) for n in layers}
+def z_contrast(
+    lm: LoadedModel, requests: Sequence[dict], layers: Sequence[int], *, batch_size: int = 64
+) -> dict[int, Float[Tensor, "heads_d_head 1"]]:
+    """{layer: unit direction in z of harmful minus other requests at the last prompt token}."""
+    found = _harmful_and_other(lm, requests, "z", layers, batch_size)
+    return {layer: difference_subspace([pair]) for layer, pair in found.items()}
 
 
 def angle_rows(
@@ -193,7 +194,8 @@ def _explained(
 def refusal_gradients(
     lm: LoadedModel, rows: Sequence[dict], *, n_tokens: int = 1, site: str = "resid_post", batch_size: int = 32
 ) -> list[Float[Tensor, "layers seq d"]]:
-    """Per row the gradient, in nats per unit of activation, at each of its prompt tokens in every layer.
+    """Per row the gradient of log P(refusal) − log P(compliance), in nats per unit of activation, at each of its prompt
+    tokens in every layer.
 
     `rows` hold prompt, refusal and compliance; of both answers the first `n_tokens` count. Finite differences of the
     same log-probabilities give the same numbers. ValueError for no rows. Story: notebooks/06_orthogonal_finetuning.

@@ -23,13 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.config import Profile
 from helpers.evaluate.judges import label_completions
 from helpers.evaluate.truth import multiple_choice, right_sentences
 from helpers.generation import next_token_logits
 from helpers.hooks import edit
 from helpers.models import LoadedModel
-from helpers.prompts import prompts
 from helpers.sae.attribution import Openings
 from helpers.sae.dictionaries import check_fits
 from helpers.stats import Interval, bootstrap_grid, paired_bootstrap
@@ -220,11 +218,6 @@ def ablation(
     return Ablated(base, out, controls)
 
 
-def measure_on_test(lm: LoadedModel, p: Profile, openings: Openings) -> Callable[[], Outcomes]:
-    """A function that measures Outcomes of the model as it stands on test prompts; the facts are misconceptions."""
-    rows = prompts("test", p.n_prompts)
-    size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
-    return lambda: outcomes(lm, rows.harmful, rows.benign, rows.facts, openings, **size)
 
 SMALL = 0.2  # of the standard deviation over prompts: Cohen's (1988) small effect, the least that counts as moving
 ACTIONS = {"taken out": 1.0, "doubled": -1.0}

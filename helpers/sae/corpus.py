@@ -64,6 +64,11 @@ def world_texts(lm: LoadedModel, split: str = "fit", load: Loader = load_table, 
     return texts
 
 
+def training_texts(lm: LoadedModel) -> list[Text]:
+    """The texts of the fit and chat splits, which SAEs are trained on: no validation or test row is among them."""
+    return world_texts(lm, "fit") + world_texts(lm, "chat")
+
+
 def digest(texts: Sequence[Text]) -> str:
     """A short hash of token ids, for artifact keys."""
     return hashlib.sha256(repr([text.ids for text in texts]).encode()).hexdigest()[:16]

@@ -1,22 +1,16 @@
-"""How good a sparse autoencoder is at inference, on text it was not trained on, beside dictionaries that learned
-nothing.
+"""How good a sparse autoencoder is on text it was not trained on, next to dictionaries that learned nothing.
 
-Sparsity and error of the reconstruction, and what the model still does when z is replaced by it: its loss on answers,
-its refusals, its answers. Every number is also taken for an untrained dictionary and for principal components at equal
-L0. Notebook 03 tells the story.
+*At inference*: sparsity and error of the reconstruction, and what the model still does when z is replaced by it: its
+loss on answers, its refusals, its answers. Every number is also taken for an untrained dictionary and for principal
+components at equal L0.
 
-Do two trainings find the same latents? Decoder rows of two seeds, matched one to one.
+*Seed stability*: each latent of one SAE is paired with one of another seed's so that the summed cosine of decoder rows
+is largest (the Hungarian method; Paulo and Belrose 2025). Two dictionaries that learned nothing, matched in the same
+way, say what matching alone gives.
 
-Each latent of one SAE is paired with one of the other so that the summed cosine of decoder rows is largest (the
-Hungarian method; Paulo and Belrose 2025 measure SAEs of different seeds so). Two dictionaries that learned nothing,
-matched in the same way, say what matching alone gives. Story: notebooks/03_training_saes.
-
-Is z the right place to read? SAEs of equal width and L0 on two sites of the same layers, asked the same questions.
-
-A site's own variance says little across sites, as they carry different things; so beside sparsity and error each SAE
-is spliced into the model alone, which costs both sites the same currency, nats of the answers. Seed stability stands
-beside, because a dictionary that another seed does not repeat names features of the training, not of the model.
-Story: notebooks/03_training_saes.
+*Site comparison*: a site's own variance says little across sites, as they carry different things; so each SAE is also
+spliced into the model alone, which costs both sites the same currency, nats of the answers. Notebook 03 tells the
+story.
 """
 
 from __future__ import annotations
@@ -31,7 +25,6 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from helpers.config import Profile, profile
 from helpers.data import load_table
 from helpers.evaluate.judges import Labelled, label_completions, prompt_of
 from helpers.generation import completion_logprobs, generate
@@ -162,30 +155,43 @@ def behaviour(
 @dataclass(frozen=True)
 class HeldOut:
     """What quality is measured on: tokens of one split without position 0, prompts with the clean model's own answers,
-    requests with questions about unknown entities, and how the clean model's answers to those are labelled."""
+    requests with questions about unknown entities, how the clean model's answers to those are labelled, and how
+    answers are written."""
 
     tokens: Tokens
     answers: list[tuple[str, str]]
     requests: list[dict]
     clean: Labelled
+    max_new_tokens: int = 32
+    batch_size: int = 64
 
     @classmethod
-    def of(cls, lm: LoadedModel, p: Profile, layers: Sequence[int], split: str = "test") -> HeldOut:
-        """Collect everything once; each kind of row is cut to the profile's `n_prompts`."""
-        texts = world_texts(lm, split, n=p.n_prompts)
-        rows = prompts(split, p.n_prompts)
+    def of(
+        cls,
+        lm: LoadedModel,
+        layers: Sequence[int],
+        split: str = "test",
+        n: int | None = None,
+        source: str = "organism",
+        *,
+        max_new_tokens: int = 32,
+        batch_size: int = 64,
+    ) -> HeldOut:
+        """Collect everything once, at most `n` rows of each kind; texts and facts are always the embedded world's."""
+        texts, rows = world_texts(lm, split, n=n), prompts(split, n, source)
+        size = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         asked = rows.harmful + rows.benign + rows.look_alike
         everything = asked + rows.unknown
-        size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
         clean = label_completions(lm, everything, **size)
-        questions = [row["question"] for row in load_table("facts", split)[: p.n_prompts]]
+        questions = [row["question"] for row in load_table("facts", split)[:n]]
         said = zip(
             [*map(prompt_of, asked), *questions],
             [*clean.completions[: len(asked)], *generate(lm, questions, **size)],
             strict=True,
         )
         answers = [(user, completion.text) for user, completion in said if completion.text]
-        return cls(collect_z(lm, texts, layers, batch_size=p.batch_size).without_first(), answers, everything, clean)
+        tokens = collect_z(lm, texts, layers, batch_size=batch_size).without_first()
+        return cls(tokens, answers, everything, clean, **size)
 
 
 @dataclass(frozen=True)
@@ -232,13 +238,13 @@ class Quality:
         }
 
 
-def measure(lm: LoadedModel, dictionaries: Mapping[int, Dictionary], held: HeldOut, p: Profile) -> Quality:
+def measure(lm: LoadedModel, dictionaries: Mapping[int, Dictionary], held: HeldOut) -> Quality:
     """All quality numbers of one dictionary per layer, each layer's reconstruction alone and all layers spliced
     together.
     """
-    size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
+    size = {"max_new_tokens": held.max_new_tokens, "batch_size": held.batch_size}
     layers = {n: reconstruction(dictionary, held.tokens.z[n]) for n, dictionary in dictionaries.items()}
-    recovered = loss_recovered(lm, held.answers, dictionaries, held.tokens, batch_size=p.batch_size)
+    recovered = loss_recovered(lm, held.answers, dictionaries, held.tokens, batch_size=held.batch_size)
     requests = behaviour(lm, held.requests, dictionaries, held.clean, **size)
     harmful = np.array([float(row.get("kind") == "harmful") for row in held.requests])
     return Quality(layers, recovered, requests, harmful)
@@ -283,17 +289,20 @@ def gate(found: Quality) -> str | None:
     return None
 
 
-def gated(lm: LoadedModel, trained: Trained, p: Profile | None = None) -> str | None:
-    """The gate on validation prompts for the profile's SAEs, answered once and kept as an artifact (story: notebook
-    04).
+def gated(
+    lm: LoadedModel, trained: Trained, n: int | None = None, source: str = "organism", **size: int
+) -> str | None:
+    """The gate on at most `n` validation prompts of each kind, answered once and kept as an artifact.
+
+    `size`: max_new_tokens and batch_size of the answers. Story: notebook 04.
     """
-    p = p or profile()
 
     def make() -> str | None:
-        held = HeldOut.of(lm, p, sorted(trained.saes), split="val")
-        return gate(measure(lm, trained.saes, held, p))
+        held = HeldOut.of(lm, sorted(trained.saes), "val", n, source, **size)
+        return gate(measure(lm, trained.saes, held))
 
-    return cached_json("sae-gate", {"model": model_key(lm), "sae": trained.key, "n": p.n_prompts}, make)
+    return cached_json("sae-gate", {"model": model_key(lm), "sae": trained.key, "n": n}, make)
+
 
 SAME = 0.7  # a matched pair at least this close counts as one latent (Paulo and Belrose 2025)
 

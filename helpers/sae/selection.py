@@ -3,17 +3,10 @@
 A latent is refusal-related when it fires more on harmful than on benign prompts *and* pushes towards refusing; it is
 hallucination-related when it tells wrong from right answers *or* moves the choice between them. Refusal-specific means
 the first and not the second. Selected on fit prompts, confirmed on validation prompts, never on test prompts.
-Notebook 04 tells the story.
 
-Tables and figure data about latents: kinds, what single latents respond to on test prompts, effects of ablation.
-
-Notebook 04 tells the story.
-
-How strongly each latent fires on every group of texts: requests refused and answered, facts told rightly or not.
-
-Groups of requests and of unknown things are read at the template tokens that end the prompt, where the answer is about
-to begin; right and wrong answers at the answer's tokens, from the one where the two differ.
-Story: notebooks/04_disentangling_features.
+Then tables and figure data about latents, and how strongly each fires on every group of texts: requests and unknown
+things are read at the template tokens that end the prompt, where the answer is about to begin; right and wrong answers
+at the answer's tokens, from the one where the two differ. Notebook 04 tells the story.
 """
 
 from __future__ import annotations
@@ -28,10 +21,9 @@ import torch
 from jaxtyping import Bool, Float
 from scipy import stats as scipy_stats
 
-from helpers.config import Profile, profile
 from helpers.evaluate.judges import label_completions, prompt_of
 from helpers.models import LoadedModel
-from helpers.prompts import fitted_on, prompts
+from helpers.prompts import Prompts
 from helpers.sae.ablation import Ablated, Cell, tidy
 from helpers.sae.attribution import Openings, Signals, prompt_latents, refusal_signals, right_and_wrong, truth_signals
 from helpers.sae.training import Trained, model_key
@@ -259,11 +251,9 @@ def shuffled_counts(fit: Evidence, rule: Rule = Rule(), n: int = 20, seed: int =
 
 
 def evidence(
-    lm: LoadedModel, trained: Trained, split: str, p: Profile | None = None, site: str = "z"
+    lm: LoadedModel, trained: Trained, split: str, requests: Sequence[dict], facts: Sequence[dict], site: str = "z"
 ) -> Evidence:
-    """The evidence of one split of the profile's prompts for the SAEs of a site, made once and kept as an artifact."""
-    p = p or profile()
-    requests, facts = fitted_on(split, p)
+    """The evidence of one split's requests and facts for the SAEs of a site, made once and kept as an artifact."""
     key = {"model": model_key(lm), "sae": trained.key, "split": split, "requests": requests, "facts": facts,
            "site": site}  # fmt: skip
     gather = partial(Evidence.gather, lm, trained.of(site), requests, facts, site)
@@ -271,12 +261,20 @@ def evidence(
 
 
 def select_latents(
-    lm: LoadedModel, trained: Trained, p: Profile | None = None, rule: Rule = Rule(), site: str = "z"  # noqa: B008
+    lm: LoadedModel,
+    trained: Trained,
+    rows: Mapping[str, tuple[Sequence[dict], Sequence[dict]]],
+    rule: Rule = Rule(),  # noqa: B008 (frozen)
+    site: str = "z",
 ) -> Selection:
-    """The selection among the latents of a site: found on the fit split, confirmed on validation; test is not read."""
+    """The selection among the latents of a site, found on (requests, facts) of rows["fit"], confirmed on rows["val"].
+
+    `helpers.prompts.fitted_on` gives the rows of a split; those of other splits are not read. Story: notebook 04.
+    """
     widths = {layer: sae.W_dec.shape[0] for layer, sae in sorted(trained.of(site).items())}
-    fit, val = (evidence(lm, trained, split, p, site) for split in ("fit", "val"))
+    fit, val = (evidence(lm, trained, split, *rows[split], site) for split in ("fit", "val"))
     return select(fit, val, widths, rule)
+
 
 OUTCOMES = {
     "refused": "harmful requests refused",
@@ -370,17 +368,17 @@ def dissociation_bars(table: Sequence[Cell]) -> dict[str, dict[str, Interval]]:
         bars.setdefault(f"{cell.latents}, {cell.action}", {})[cell.behaviour] = cell.nats
     return bars
 
+
 GROUPS = ("harmful, refused", "harmful, answered", "benign", "look-alike", "right", "wrong", "abstained")
 Groups = dict[str, Float[np.ndarray, "n d"]]
 
 
-def group_activations(lm: LoadedModel, saes: Mapping[int, Any], p: Profile, split: str = "test") -> Groups:
+def group_activations(lm: LoadedModel, saes: Mapping[int, Any], rows: Prompts, **size: int) -> Groups:
     """{group: mean latents of each of its texts}, layers side by side, lowest first; empty groups are left out.
 
-    Whether a harmful request was refused and an unknown thing declined is the model's own answer, judged by rule.
+    Whether a harmful request was refused and an unknown thing declined is the model's own answer, judged by rule;
+    `size`: its max_new_tokens and batch_size.
     """
-    rows = prompts(split, p.n_prompts)
-    size = {"max_new_tokens": p.max_new_tokens, "batch_size": p.batch_size}
     sets = {"harmful": rows.harmful, "benign": rows.benign, "look-alike": rows.look_alike, "unknown": rows.unknown}
     f = {name: prompt_latents(lm, saes, [prompt_of(r) for r in part]) for name, part in sets.items() if part}
     said = {name: np.array(label_completions(lm, sets[name], **size).labels) for name in ("harmful", "unknown")

@@ -1,6 +1,6 @@
 """Training sparse autoencoders with sae-lens's own architectures, in a loop without its defaults' cost.
 
-The modules, losses and file format are sae-lens's; the loop (descent.py) and BatchTopK's gradients (sparse.py) are
+The modules, losses and file format are sae-lens's; the loop and BatchTopK's gradients (`loop`, `architectures`) are
 ours. Inputs are scaled to a mean norm of sqrt(d_in) and the scale is folded back, so the saved SAE reads raw vectors.
 Notebook 03 tells the story.
 """
@@ -20,11 +20,11 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from helpers.config import Profile, SaeConfig, locate, profile
+from helpers.config import SaeConfig, locate
 from helpers.hooks import Site, check_site
 from helpers.models import LoadedModel
 from helpers.sae.architectures import ARCHITECTURES, OwnStep, SparseStep, controlled, finish, new_sae
-from helpers.sae.corpus import Text, Tokens, collect_sites, digest, world_texts
+from helpers.sae.corpus import Text, Tokens, collect_sites, digest
 from helpers.sae.loading import hook_name, load_sae
 from helpers.sae.loop import Curve, check_activations, check_config, descend, scale_of
 from helpers.sae.per_head import CALIBRATION_TOKENS, train_bank
@@ -96,48 +96,47 @@ def train_sae(
 
 def train_saes(
     lm: LoadedModel,
-    p: Profile | None = None,
+    texts: Sequence[Text],
+    cfg: SaeConfig,
     *,
-    texts: Sequence[Text] | None = None,
     layers: Sequence[int] | None = None,
     sites: Sequence[Site] | None = None,
     seed: int = 0,
     architecture: str = "batchtopk",
     options: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
 ) -> Trained:
-    """One SAE per (site, layer), by default z of the profile's layers, on activations of the model's own texts.
+    """One SAE per (site, layer), by default z of the config's layers, on activations of texts (corpus.training_texts).
 
-    `texts` defaults to the chat and fit splits of the world: no validation or test row is seen. All sites are collected
-    in one pass. Each SAE is an artifact of its own, so an interrupted run loses only the one in work. The architecture
-    "heads" trains a bank of one SAE per head of z (bank.py) with the profile's total width and k. Raises ValueError for
-    a site or layer the model does not have, and the errors of train_sae. Story: notebook 03.
+    All sites are collected in one pass, `batch_size` texts at once. Each SAE is an artifact of its own, so an
+    interrupted run loses only the one in work. The architecture "heads" trains a bank of one SAE per head of z
+    (`per_head`) with the config's total width and k. Raises ValueError for a site or layer the model does not have, and
+    the errors of train_sae. Story: notebook 03.
     """
-    p = p or profile()
     if layers is not None and sites is not None:
         raise ValueError("Give layers (of z) or sites as (site, layer) pairs, not both.")
-    wanted = list(dict.fromkeys(("z", n) for n in layers or p.sae.layers) if sites is None else dict.fromkeys(sites))
+    wanted = list(dict.fromkeys(("z", n) for n in layers or cfg.layers) if sites is None else dict.fromkeys(sites))
     for site in wanted:
         check_site(lm.arch, site)
     _check_architecture(architecture, options, wanted)
-    texts = world_texts(lm, "fit") + world_texts(lm, "chat") if texts is None else list(texts)
-    common = {"model": model_key(lm), "sae": replace(p.sae, layers=()), "texts": digest(texts), "seed": seed}
+    common = {"model": model_key(lm), "sae": replace(cfg, layers=()), "texts": digest(texts), "seed": seed}
     common |= {"architecture": architecture, "options": dict(options or {})}
     collected: list[Tokens] = []
 
     @one_thread()
     def make(folder: Path, site: Site) -> None:
         if not collected:
-            collected.append(collect_sites(lm, texts, wanted, batch_size=p.batch_size))
+            collected.append(collect_sites(lm, texts, wanted, batch_size=batch_size))
         about = _about(lm, texts, site, {**common, "rows": len(collected[0].index)})
         given = {"seed": seed, "device": lm.device}
         if architecture == "heads":
             heads = lm.arch.n_heads
-            small = replace(p.sae, width=p.sae.width // heads, k=max(round(p.sae.k / heads), 1))
+            small = replace(cfg, width=cfg.width // heads, k=max(round(cfg.k / heads), 1))
             bank, curve = train_bank(collected[0].sites[site], heads, small, **given)
             bank.as_sae(about).save_model(folder)
         else:
             given |= {"architecture": architecture, "options": options, "metadata": about}
-            sae, curve = train_sae(collected[0].sites[site], p.sae, **given)
+            sae, curve = train_sae(collected[0].sites[site], cfg, **given)
             sae.save_inference_model(folder)
         write_json(folder / "curve.json", curve)
 
