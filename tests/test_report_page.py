@@ -19,7 +19,7 @@ from helpers.experiments import claims as claim_rows
 from helpers.experiments import exports, report_page
 from helpers.experiments.claims import VERDICTS, rows_of
 from helpers.experiments.report_page import prose
-from helpers.report import rendering, tables
+from helpers.report import figures, tables
 from helpers.stats import Interval
 
 COMMITTED = ROOT / "data" / "results" / "organism"
@@ -304,11 +304,11 @@ def test_of_points_at_one_height_the_left_ones_name_is_higher_so_that_no_lines_c
 def test_spread_keeps_places_apart_inside_and_near_their_points():
     rng = np.random.default_rng(2)
     for wanted in ([0.5] * 12, rng.random(12).tolist(), [0.0, 1.0], [0.0] * 5, [1.0] * 5, [0.3]):
-        got = rendering.spread(wanted, 0.0, 1.0)
+        got = figures.spread(wanted, 0.0, 1.0)
         gap = 0.98 / len(wanted)
         assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(sorted(got)))
         assert min(got) >= -1e-9 and max(got) <= 1 + 1e-9
-    assert rendering.spread([0.2, 0.8], 0.0, 1.0) == pytest.approx([0.245, 0.755], abs=0.06)
+    assert figures.spread([0.2, 0.8], 0.0, 1.0) == pytest.approx([0.245, 0.755], abs=0.06)
 
 
 def test_a_front_draws_both_intervals_and_marks_what_is_compared(own_results):
