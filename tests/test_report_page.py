@@ -18,7 +18,6 @@ from helpers.config import ROOT, profile
 from helpers.experiments import claims as claim_rows
 from helpers.experiments import exports, report_page
 from helpers.experiments.claims import VERDICTS, rows_of
-from helpers.experiments.report_page import prose
 from helpers.report import figures, tables
 from helpers.stats import Interval
 
@@ -136,9 +135,11 @@ def test_a_table_shows_a_link_as_one_and_escapes_it():
 
 def test_prose_becomes_paragraphs_lists_and_tables_and_stays_text():
     table = "| a | b |\n|---|---|\n| 1 | <i> |\n\n"
-    made = prose("One *two*\nthree **four** `a*b`.\n\n- x\n- [y](http://z)\n\n" + table + HOSTILE)
+    made = report_page.prose("One *two*\nthree **four** `a*b`.\n\n- x\n- [y](http://z)\n\n" + table + HOSTILE)
     assert "<p>One <em>two</em> three <strong>four</strong> <code>a*b</code>.</p>" in made
-    assert "<ul><li>x</li><li>y</li></ul>" in made and "http" not in made
+    assert "<ul><li>x</li><li>y</li></ul>" in made.replace("\n", "") and "http" not in made
+    assert report_page.prose("## A *b*\n![c](http://d) <http://e> [f]: g") == (
+        "<p><strong>A <em>b</em></strong></p>\n<p>!c &lt;http://e&gt; [f]: g</p>\n")  # fmt: skip
     assert '<th scope="col">a</th>' in made and "<td>&lt;i&gt;</td>" in made and "<img" not in made
     assert "---" not in made
 
