@@ -1,9 +1,8 @@
-"""Public benchmarks: a registry of where they live, verified download, and one row schema for all of them.
+"""Public benchmarks: where they live, verified download, and their rows like those of the embedded world's tables.
 
 `data/datasets.yaml` carries the facts (address, revision, sha256, bytes, rows, licence). Files are looked for in
-`COMPANION_DATA_DIR` first, then in the download cache, then fetched. Story: notebook 00 (data and splits).
-
-Public benchmarks as rows like those of the embedded world's tables, in splits that no near-duplicate crosses.
+`COMPANION_DATA_DIR` first, then in the download cache, then fetched; no near-duplicate crosses from split to split.
+Story: notebook 00 (data and splits).
 
 What a table of the embedded world knows and a benchmark does not: `verb_seen` is False throughout (nobody knows what a
 real model was trained to refuse), `verb` is the group of near-duplicates, `values` is absent (answers are free).
@@ -17,13 +16,13 @@ import io
 import json
 import os
 import re
-import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pooch
 import yaml
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -33,6 +32,7 @@ from helpers.data import leakage, plain_text, shuffle_options
 from helpers.store import write_text
 
 REGISTRY = ROOT / "data" / "datasets.yaml"
+pooch.get_logger().setLevel("WARNING")  # it tells of every download otherwise
 Row = dict[str, Any]
 
 
@@ -88,7 +88,7 @@ def dataset_path(name: str, *, download: bool = True) -> Path:
     cached = artifacts_dir() / "datasets" / entry.file
     for path in ([Path(local) / entry.file] if local else []) + [cached]:
         if path.is_file():
-            _verify(entry, path.read_bytes(), str(path), _pin(cached))
+            _verify(entry, path, _pin(cached))
             return path
     if not download:
         raise FileNotFoundError(f"{entry.file} is neither in COMPANION_DATA_DIR nor cached: fetch it from {entry.url}.")
@@ -126,19 +126,18 @@ def load_rows(name: str, *, download: bool = True) -> list[Row]:
 
 
 def _download(entry: Dataset, to: Path) -> Path:
+    wanted = entry.verified and f"sha256:{entry.sha256}" or None
     try:
-        with urllib.request.urlopen(entry.url, timeout=60) as response:
-            content = response.read()
-    except (urllib.error.URLError, OSError) as error:
+        pooch.retrieve(entry.url, wanted, to.name, to.parent, downloader=pooch.HTTPDownloader(timeout=60))
+    except OSError as error:
         where = "put it into the folder COMPANION_DATA_DIR names"
         raise FileNotFoundError(f"{entry.name} cannot be fetched from {entry.url} ({error}): {where}.") from error
-    _verify(entry, content, entry.url, None)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, to)
+    except ValueError as error:  # another hash; pooch has deleted what it fetched
+        wanted = f"the {entry.bytes} bytes with sha256 {entry.sha256[:12]}… that the registry names"
+        raise RuntimeError(f"{entry.url} does not hold {wanted}: fetch it again, or correct the registry.") from error
+    to.chmod(0o644)  # it comes out of a temporary file, which only its owner may read
     if not entry.verified:
-        write_text(_pin(to), hashlib.sha256(content).hexdigest() + "\n")
+        write_text(_pin(to), pooch.file_hash(str(to)) + "\n")
     return to
 
 
@@ -147,15 +146,13 @@ def _pin(cached: Path) -> Path:
     return cached.with_name(cached.name + ".sha256")
 
 
-def _verify(entry: Dataset, content: bytes, source: str, pin: Path | None) -> None:
-    wanted = entry.sha256
-    if wanted is None and pin is not None and pin.is_file():
-        wanted = pin.read_text().strip()
-    found = hashlib.sha256(content).hexdigest()
-    if wanted is not None and found != wanted:
-        size = "" if entry.bytes in (None, len(content)) else f" and {len(content)} bytes instead of {entry.bytes}"
+def _verify(entry: Dataset, path: Path, pin: Path) -> None:
+    wanted = entry.sha256 or (pin.read_text().strip() if pin.is_file() else None)
+    found, size = pooch.file_hash(str(path)), path.stat().st_size
+    if wanted not in (None, found):
+        sizes = "" if entry.bytes in (None, size) else f" and {size} bytes instead of {entry.bytes}"
         raise RuntimeError(
-            f"{source} has sha256 {found[:12]}…, not {wanted[:12]}…{size}: delete it and fetch it from {entry.url}."
+            f"{path} has sha256 {found[:12]}…, not {wanted[:12]}…{sizes}: delete it and fetch it from {entry.url}."
         )
 
 

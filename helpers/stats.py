@@ -2,8 +2,6 @@
 
 All intervals are two-sided 95 % unless `level` says otherwise; all resampling is seeded. Inputs may be lists, numpy
 arrays or CPU tensors. Bad input (empty, NaN, unequal lengths) raises ValueError with one sentence.
-
-How well every latent separates two groups of prompts: all areas under the ROC curve at once, with intervals.
 """
 
 from __future__ import annotations
@@ -16,6 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from scipy import stats as scipy_stats
+from scipy.optimize import elementwise
+from sklearn.metrics import cohen_kappa_score
 
 Clusters = Sequence[Hashable] | None
 
@@ -58,13 +58,8 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     """Share k/n with Wilson's (1927) score interval, which stays inside [0, 1] and is honest at k=0 and k=n."""
     if n < 1 or not 0 <= k <= n:
         raise ValueError(f"A share needs 0 <= k <= n and n >= 1, not k={k} and n={n}.")
-    z = _z(level)
-    p = k / n
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    low = 0.0 if k == 0 else float(centre - half)
-    high = 1.0 if k == n else float(centre + half)
-    return Interval(p, low, high, int(n))
+    low, high = scipy_stats.binomtest(int(k), int(n)).proportion_ci(level, method="wilson")
+    return Interval(k / n, float(low), float(high), int(n))
 
 
 def wilson_clustered(values: Any, clusters: Sequence[Hashable]) -> Interval:
@@ -139,31 +134,14 @@ def bootstrap_grid(
     return _percentile(x.mean(), means, n_prompts, level)
 
 
-def sign_flip_test(a: Any, b: Any, n_perm: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p of mean(a - b) under random exchange of a and b within each pair (a paired permutation test)."""
-    a, b = _vector(a, "a"), _vector(b, "b")
-    if len(a) != len(b):
-        raise ValueError(f"A paired comparison needs the same items twice, not {len(a)} against {len(b)}.")
-    difference = a - b
-    flipped = (np.random.default_rng(seed).integers(2, size=(n_perm, len(a))) * 2 - 1) @ difference
-    return float((1 + (np.abs(flipped) >= abs(difference.sum()) - 1e-12).sum()) / (1 + n_perm))
-
-
 def auroc(pos: Any, neg: Any, level: float = 0.95) -> Interval:
-    """P(a positive scores above a negative), ties counting half, with Newcombe's (2006, method 5) score interval.
+    """P(a positive scores above a negative), ties counting half, with the interval of `auroc_intervals`.
 
-    The interval stays inside [0, 1] and does not collapse at perfect separation. n counts both classes.
+    n counts both classes.
     """
     pos, neg = _vector(pos, "pos"), _vector(neg, "neg")
-    area = min(max(float(auroc_columns(pos[:, None], neg[:, None])[0][0]), 0.0), 1.0)
-    m, n, z = len(pos), len(neg), _z(level)
-    half = (m + n) / 2 - 1
-
-    def excess(theta: float) -> float:
-        variance = theta * (1 - theta) * (1 + half * ((1 - theta) / (2 - theta) + theta / (1 + theta))) / (m * n)
-        return abs(area - theta) - z * math.sqrt(max(variance, 0.0))
-
-    return Interval(area, _bisect(excess, 0.0, area), _bisect(excess, 1.0, area), m + n)
+    area, low, high = (float(column[0]) for column in auroc_intervals(pos[:, None], neg[:, None], level))
+    return Interval(area, low, high, len(pos) + len(neg))
 
 
 def auroc_columns(pos: Any, neg: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -171,14 +149,28 @@ def auroc_columns(pos: Any, neg: Any) -> tuple[np.ndarray, np.ndarray]:
     pos, neg = _finite(pos, "pos"), _finite(neg, "neg")
     if pos.ndim != 2 or neg.ndim != 2 or pos.shape[1] != neg.shape[1] or not len(pos) or not len(neg):
         raise ValueError(f"Both classes need rows with the same columns, not shapes {pos.shape} and {neg.shape}.")
-    m, n = len(pos), len(neg)
-    ranks = scipy_stats.rankdata(np.concatenate([pos, neg]), axis=0)
-    area = (ranks[:m].sum(0) - m * (m + 1) / 2) / (m * n)
-    total = m + n
-    variance = m * n / max(total - 1, 1) * ((ranks**2).sum(0) / total - ((total + 1) / 2) ** 2)  # of U, ties included
-    with np.errstate(divide="ignore", invalid="ignore"):
-        score = np.where(variance > 0, np.abs(area - 0.5) * m * n / np.sqrt(variance), 0.0)
-    return area, 2 * scipy_stats.norm.sf(score)
+    u, p = scipy_stats.mannwhitneyu(pos, neg, use_continuity=False, axis=0, method="asymptotic")
+    return u / (len(pos) * len(neg)), np.nan_to_num(p, nan=1.0)  # NaN where all values of a column are equal
+
+
+def auroc_intervals(
+    pos: Any, neg: Any, level: float = 0.95
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
+    """AUROC of every column of pos [n_pos, d] and neg [n_neg, d] with the two ends of its score interval.
+
+    The interval (Newcombe 2006, method 5) stays inside [0, 1] and does not collapse at perfect separation. ValueError
+    for an empty class. Stories: notebooks 04 and 05.
+    """
+    area, _ = auroc_columns(pos, neg)
+    m, n, z = len(pos), len(neg), _z(level)
+
+    def excess(theta: np.ndarray, area: np.ndarray) -> np.ndarray:
+        spread = 1 + ((m + n) / 2 - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+        return np.abs(area - theta) - z * np.sqrt(theta * (1 - theta) * spread / (m * n))
+
+    inside = np.clip(area, 1e-12, 1 - 1e-12)  # at 0 and 1 the estimate itself is a root too
+    low, high = (elementwise.find_root(excess, ends, args=(area,)).x for ends in ((0.0, inside), (inside, 1.0)))
+    return area, low, high
 
 
 def hypergeometric_overlap(k: int, n: int, overlap: int) -> NullTest:
@@ -224,11 +216,7 @@ def benjamini_hochberg(p: Any) -> Float[np.ndarray, " n"]:
     p = _vector(p, "p values")
     if (p < 0).any() or (p > 1).any():
         raise ValueError("p values must lie between 0 and 1.")
-    order = np.argsort(p)[::-1]
-    adjusted = np.minimum.accumulate(p[order] * len(p) / np.arange(len(p), 0, -1))
-    out = np.empty_like(p)
-    out[order] = np.minimum(adjusted, 1.0)
-    return out
+    return scipy_stats.false_discovery_control(p)
 
 
 def cohen_kappa(a: Any, b: Any) -> float:
@@ -236,10 +224,7 @@ def cohen_kappa(a: Any, b: Any) -> float:
     a, b = list(a), list(b)
     if not a or len(a) != len(b):
         raise ValueError(f"Agreement needs the same items judged twice, not {len(a)} labels against {len(b)}.")
-    labels = set(a) | set(b)
-    agreed = sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
-    chance = sum(a.count(label) * b.count(label) for label in labels) / len(a) ** 2
-    return 1.0 if chance == 1 else (agreed - chance) / (1 - chance)
+    return 1.0 if len({*a, *b}) == 1 else float(cohen_kappa_score(a, b))
 
 
 def _finite(values: Any, name: str) -> np.ndarray:
@@ -283,16 +268,6 @@ def _resample_weights(rng: np.random.Generator, n_boot: int, n: int) -> np.ndarr
     return rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n
 
 
-def _bisect(excess: Any, outside: float, inside: float) -> float:
-    """Where |area - theta| = z * sd(theta), between a bound of [0, 1] and the estimate."""
-    if excess(outside) <= 0:
-        return outside
-    for _ in range(50):
-        middle = (outside + inside) / 2
-        outside, inside = (middle, inside) if excess(middle) > 0 else (outside, middle)
-    return outside
-
-
 def _head_set(selected: Any, n_layers: int, n_heads: int) -> set[tuple[int, int]]:
     heads = [(int(layer), int(head)) for layer, head in selected]
     if len(set(heads)) != len(heads):
@@ -301,30 +276,3 @@ def _head_set(selected: Any, n_layers: int, n_heads: int) -> set[tuple[int, int]
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
             raise ValueError(f"Head ({layer}, {head}) is outside a model of {n_layers} layers and {n_heads} heads.")
     return set(heads)
-
-Z95 = 1.959963984540054
-HALVINGS = 50
-
-
-def auroc_intervals(
-    positive: Float[np.ndarray, "n_pos d"], negative: Float[np.ndarray, "n_neg d"]
-) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
-    """AUROC of each column with the two ends of its 95 % interval; ties count one half.
-
-    The same interval as `helpers.stats.auroc` (Newcombe 2006, method 5), for all columns in one bisection. ValueError
-    for an empty group. Story: notebook 05.
-    """
-    area = auroc_columns(positive, negative)[0]
-    m, n = len(positive), len(negative)
-    return area, _end(area, np.zeros_like(area), m, n), _end(area, np.ones_like(area), m, n)
-
-
-def _end(area: np.ndarray, far: np.ndarray, m: int, n: int) -> np.ndarray:
-    """The value towards `far` from which `area` is just 1.96 standard errors away."""
-    inside, outside = area.copy(), far
-    for _ in range(HALVINGS):
-        theta = (inside + outside) / 2
-        spread = 1 + ((m + n) / 2 - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        too_far = np.abs(area - theta) > Z95 * np.sqrt(theta * (1 - theta) * spread / (m * n))
-        inside, outside = np.where(too_far, inside, theta), np.where(too_far, theta, outside)
-    return inside

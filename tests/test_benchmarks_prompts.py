@@ -246,7 +246,7 @@ def test_a_missing_file_is_named_with_the_folder_and_the_address(tmp_path, monke
     def offline(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(registry_module.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(registry_module.pooch, "retrieve", offline)
     wanted = {"harmful": "advbench_harmful_behaviors.csv", "benign": "arc_easy_test.json",
               "look_alike": "xstest_prompts.csv"}
     for kind, file in wanted.items():

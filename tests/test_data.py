@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -31,15 +34,25 @@ def benchmarks(monkeypatch, tmp_path):
 
 @pytest.fixture
 def served(monkeypatch, tmp_path):
-    """A registry of one dataset, `tiny`, served from a file address; returns a function that sets its facts."""
+    """A registry of one dataset, `tiny`, on a server of its own; returns a function that sets its facts."""
     content = b"goal,target\nDo a bad thing,Sure\nDo another,Sure\n"
     (tmp_path / "remote.csv").write_bytes(content)
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
     monkeypatch.delenv("COMPANION_DATA_DIR", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(registry_module, "REGISTRY", tmp_path / "datasets.yaml")
     facts = {
         "file": "tiny.csv",
-        "url": (tmp_path / "remote.csv").as_uri(),
+        "url": f"{address}/remote.csv",
         "revision": "1",
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
@@ -54,7 +67,10 @@ def served(monkeypatch, tmp_path):
         return tmp_path
 
     write()
-    return write
+    yield write
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 def test_tables_give_one_split_several_or_all(tmp_path):
@@ -192,9 +208,12 @@ def test_boolq_and_named_option_formats_parse():
         )
 
 
-def test_a_verified_download_is_kept_and_read_again(served):
+def test_a_verified_download_is_kept_and_read_again(served, capsys):
     folder = served()
     rows = load_rows("tiny")
+    assert capsys.readouterr() == ("", "") and [p.name for p in (folder / "artifacts" / "datasets").iterdir()] == [
+        "tiny.csv"]  # fmt: skip
+    assert dataset_path("tiny").stat().st_mode & 0o777 == 0o644, "others may read it"
     assert [row["prompt"] for row in rows] == ["Do a bad thing", "Do another"] and rows[1]["id"] == "tiny-1"
     (folder / "remote.csv").unlink()
     assert load_dataset("tiny")[0]["target"] == "Sure"
@@ -202,9 +221,9 @@ def test_a_verified_download_is_kept_and_read_again(served):
 
 def test_a_changed_download_is_refused_and_not_kept(served):
     folder = served(sha256="0" * 64, bytes=7)
-    with pytest.raises(RuntimeError, match="has sha256 .* not 000000000000… and 48 bytes instead of 7: delete it"):
+    with pytest.raises(RuntimeError, match="does not hold the 7 bytes with sha256 000000000000…"):
         load_dataset("tiny")
-    assert not (folder / "artifacts" / "datasets" / "tiny.csv").exists()
+    assert not list((folder / "artifacts" / "datasets").iterdir())
 
 
 def test_a_tampered_local_copy_is_refused(served, monkeypatch, tmp_path):
@@ -212,7 +231,7 @@ def test_a_tampered_local_copy_is_refused(served, monkeypatch, tmp_path):
     (tmp_path / "local").mkdir()
     (tmp_path / "local" / "tiny.csv").write_text("goal,target\nSomething else,Sure\n")
     monkeypatch.setenv("COMPANION_DATA_DIR", str(tmp_path / "local"))
-    with pytest.raises(RuntimeError, match="local.*tiny.csv has sha256"):
+    with pytest.raises(RuntimeError, match="local.*tiny.csv has sha256 .* and 32 bytes instead of 48: delete it"):
         load_dataset("tiny")
 
 
@@ -225,7 +244,7 @@ def test_an_unverified_file_is_pinned_at_its_first_download(served):
 
 
 def test_absent_files_and_unknown_names_say_what_to_do(served, tmp_path):
-    served(url=(tmp_path / "gone.csv").as_uri())
+    (tmp_path / "remote.csv").unlink()
     with pytest.raises(FileNotFoundError, match="cannot be fetched from .* COMPANION_DATA_DIR"):
         load_dataset("tiny")
     with pytest.raises(FileNotFoundError, match="neither in COMPANION_DATA_DIR nor cached"):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import rankdata, ttest_1samp
+from scipy.stats import permutation_test, rankdata, ttest_1samp
 
 from helpers.generation import completion_logprobs
 from helpers.heads import overlap
@@ -33,7 +33,7 @@ from helpers.heads.overlap import (
 )
 from helpers.heads.scores import Pairs, fact_pairs, request_pairs
 from helpers.models import load_model, wrap_model
-from helpers.stats import layer_matched_null, sign_flip_test
+from helpers.stats import layer_matched_null
 
 PAIRS = Pairs(["Hi", "What does the brenmora eat?", "paint it"], ["Yes.", "Figs", "I cannot help with that."],
               ["No, not at all.", "Hay", "Sure"])
@@ -281,13 +281,13 @@ def test_scores_with_nan_or_of_other_models_are_one_sentence():
         excess_overlap(a, np.where(a > 1, np.nan, a), 3)
 
 
-def test_significance_equals_the_sign_flip_test_of_each_unit_and_is_corrected_over_all():
+def test_significance_equals_enumerating_the_sign_flips_of_each_unit_and_is_corrected_over_all():
     scores = noise(12, 2, 5)
     scores[:, 1, 3] -= 2
     found = significance(scores, n_perm=20_000)
-    one_by_one = [[sign_flip_test(unit, np.zeros(12), n_perm=20_000) for unit in layer] for layer in
-                  scores.transpose(1, 2, 0)]
-    np.testing.assert_allclose(found.p, one_by_one, atol=0.012)
+    all_flips = permutation_test((scores, 0 * scores), lambda a, b, axis: (a - b).mean(axis), vectorized=True,
+                                 permutation_type="samples", n_resamples=2**12)  # fmt: skip
+    np.testing.assert_allclose(found.p, all_flips.pvalue, atol=0.012)
     np.testing.assert_array_equal(found.mean, scores.mean(0))
     assert found.units(0.01) == [(1, 3)] and (found.adjusted >= found.p).all()
     assert found.adjusted[1, 3] == pytest.approx(10 * found.p[1, 3])

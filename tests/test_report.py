@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from html import unescape
 
 import numpy as np
 import pytest
@@ -187,6 +188,12 @@ def test_every_figure_holds_plotly_a_still_picture_and_words():
         assert saved.read_text(encoding="utf-8") == picture.svg
 
 
+def test_the_still_picture_says_its_numbers_in_words_also_beside_a_reference_line():
+    drawn = report.bars({"one": Interval(0.5, 0.25, 0.75, 3)}, "T", "rate", name="told", reference=(0.3, "chance"))
+    description = re.search(r"<dc:description>(.*?)</dc:description>", drawn.svg, re.S)[1]
+    assert description == drawn.text and "one: 0.50 [0.25, 0.75]" in description
+
+
 def test_the_same_numbers_give_the_same_bytes():
     first = [(p.svg, p.plotly.to_json()) for p in figures()]
     assert [(p.svg, p.plotly.to_json()) for p in figures()] == first
@@ -291,7 +298,7 @@ def test_the_report_needs_nothing_beside_it_and_escapes_what_it_shows():
     assert not re.search(r"""src=["'](?!data:)|href=["'](?!#|\.\./|[0-9a-z_]+\.ipynb#)""", html)
     assert "data:image/svg+xml;base64," in html
     for id, claim in claims.CLAIMS.items():
-        assert id in html and claim.text.split(";")[0].replace("'", "&#x27;") in html
+        assert id in html and claim.text in unescape(html)
     assert profile().name in html
 
 

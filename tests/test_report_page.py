@@ -18,8 +18,7 @@ from helpers.config import ROOT, profile
 from helpers.experiments import claims as claim_rows
 from helpers.experiments import exports, report_page
 from helpers.experiments.claims import VERDICTS, rows_of
-from helpers.experiments.report_page import prose
-from helpers.report import rendering, tables
+from helpers.report import figures, tables
 from helpers.stats import Interval
 
 COMMITTED = ROOT / "data" / "results" / "organism"
@@ -136,9 +135,11 @@ def test_a_table_shows_a_link_as_one_and_escapes_it():
 
 def test_prose_becomes_paragraphs_lists_and_tables_and_stays_text():
     table = "| a | b |\n|---|---|\n| 1 | <i> |\n\n"
-    made = prose("One *two*\nthree **four** `a*b`.\n\n- x\n- [y](http://z)\n\n" + table + HOSTILE)
+    made = report_page.prose("One *two*\nthree **four** `a*b`.\n\n- x\n- [y](http://z)\n\n" + table + HOSTILE)
     assert "<p>One <em>two</em> three <strong>four</strong> <code>a*b</code>.</p>" in made
-    assert "<ul><li>x</li><li>y</li></ul>" in made and "http" not in made
+    assert "<ul><li>x</li><li>y</li></ul>" in made.replace("\n", "") and "http" not in made
+    assert report_page.prose("## A *b*\n![c](http://d) <http://e> [f]: g") == (
+        "<p><strong>A <em>b</em></strong></p>\n<p>!c &lt;http://e&gt; [f]: g</p>\n")  # fmt: skip
     assert '<th scope="col">a</th>' in made and "<td>&lt;i&gt;</td>" in made and "<img" not in made
     assert "---" not in made
 
@@ -304,11 +305,11 @@ def test_of_points_at_one_height_the_left_ones_name_is_higher_so_that_no_lines_c
 def test_spread_keeps_places_apart_inside_and_near_their_points():
     rng = np.random.default_rng(2)
     for wanted in ([0.5] * 12, rng.random(12).tolist(), [0.0, 1.0], [0.0] * 5, [1.0] * 5, [0.3]):
-        got = rendering.spread(wanted, 0.0, 1.0)
+        got = figures.spread(wanted, 0.0, 1.0)
         gap = 0.98 / len(wanted)
         assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(sorted(got)))
         assert min(got) >= -1e-9 and max(got) <= 1 + 1e-9
-    assert rendering.spread([0.2, 0.8], 0.0, 1.0) == pytest.approx([0.245, 0.755], abs=0.06)
+    assert figures.spread([0.2, 0.8], 0.0, 1.0) == pytest.approx([0.245, 0.755], abs=0.06)
 
 
 def test_a_front_draws_both_intervals_and_marks_what_is_compared(own_results):

@@ -1,13 +1,13 @@
 """The claims and the report's tables for other programs: csv files, and LaTeX tables to paste into a paper."""
 
-import csv
-import io
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
+
+import pandas as pd
 
 from helpers.config import Profile, profile, results_dir
 from helpers.experiments.claims import collect_claims
@@ -49,9 +49,7 @@ def export_claims(on: Profile | None = None) -> dict[str, Path]:
 
 def table_csv(table: Table) -> str:
     """A table's columns and cells as they are shown, one line per row."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([table.columns, *([str(c) for c in row] for row in table.rows)])
-    return text.getvalue()
+    return _frame(table).to_csv(index=False, lineterminator="\n")
 
 
 def table_latex(table: Table) -> str:
@@ -65,12 +63,20 @@ def table_latex(table: Table) -> str:
     wide = [max(min(max(map(len, column), default=0), 40), max(map(len, some), default=0) + 4)
             for column, some in zip(cells, words, strict=True)]  # fmt: skip
     long = sum(_height(row, wide) for row in (table.columns, *table.rows)) > PAGE_LINES
-    kind, head = ("longtable", [r"\endhead"]) if long else ("tabular", [])
-    packages = f"booktabs,array{',longtable' * (kind == 'longtable')}"
-    return "\n".join([
-        "% " + " ".join(table.caption.split()), rf"% \usepackage{{{packages}}}", r"\begingroup\small",
-        rf"\noindent\begin{{{kind}}}{{{_columns(wide)}}}", r"\toprule", _line(table.columns), r"\midrule", *head,
-        *map(_line, table.rows), r"\bottomrule", rf"\end{{{kind}}}", r"\endgroup"]) + "\n"  # fmt: skip
+    return "% " + " ".join(table.caption.split()) + "\n" + _tex(_frame(table).map(_latex).rename(columns=_latex), wide,
+                                                               "longtable" if long else None)  # fmt: skip
+
+
+def _frame(table: Table) -> pd.DataFrame:
+    return pd.DataFrame([[str(cell) for cell in row] for row in table.rows], columns=table.columns, dtype=object)
+
+
+def _tex(cells: pd.DataFrame, weights: Sequence[float], environment: str | None = None) -> str:
+    """A table whose cells and column names are LaTeX, in small print, its columns' widths in these proportions."""
+    shape = {"column_format": _columns(weights), "environment": environment, "hrules": True}
+    made = cells.style.hide(axis="index").to_latex(**shape)
+    packages = ",".join(["booktabs", "array", *filter(None, [environment])])
+    return rf"% \usepackage{{{packages}}}" + f"\n\\begingroup\\small\n\\noindent{made}\\endgroup\n"
 
 
 def _columns(weights: Sequence[float]) -> str:
@@ -85,34 +91,23 @@ def _height(cells: Sequence[Any], weights: Sequence[float]) -> int:
     return max((len(wrap(str(cell), width)) for cell, width in zip(cells, widths, strict=True)), default=1) or 1
 
 
-def _line(cells: Sequence[Any]) -> str:
-    line = " & ".join(_latex(str(cell)) for cell in cells)
-    return ("{}" if line.startswith(("[", "*")) else "") + line + r" \\"  # else \\ above would take them as its option
-
-
 def claims_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line per claim under `COLUMNS`; numbers as in claims.json, nothing where nothing was measured."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    lines = []
     for row in rows:
         control = row["control"] or {}
         numbers = {f"control_{key}": control.get(key) for key in ("estimate", "ci_low", "ci_high")}
-        writer.writerow({**row, "control": control.get("name"), **numbers})
-    return text.getvalue()
+        lines.append({**row, "control": control.get("name"), **numbers})
+    return pd.DataFrame(lines, columns=COLUMNS, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def claims_latex(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table of claim, verdict, estimate and control with their 95 % intervals, prompts and seeds."""
-    lines = [r"% \usepackage{booktabs,array}", r"\begingroup\small",
-             rf"\noindent\begin{{tabular}}{{{_columns((5, 36, 14, 22, 22, 11))}}}", r"\toprule",
-             r"& Claim & Verdict & Estimate [95\,\%] & Control [95\,\%] & $n \times$ seeds \\", r"\midrule"]
-    for row in rows:
-        control = _interval(row["control"]) if row["control"] else "---"
-        cells = (row["id"], _latex(row["claim"]), _latex(row["verdict"]), _interval(row), control,
-                 rf"${row['n_prompts']} \times {row['n_seeds']}$")
-        lines.append(" & ".join(cells) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\endgroup"]) + "\n"
+    columns = ["", "Claim", "Verdict", r"Estimate [95\,\%]", r"Control [95\,\%]", r"$n \times$ seeds"]
+    lines = [(row["id"], _latex(row["claim"]), _latex(row["verdict"]), _interval(row),
+              _interval(row["control"]) if row["control"] else "---",
+              rf"${row['n_prompts']} \times {row['n_seeds']}$") for row in rows]  # fmt: skip
+    return _tex(pd.DataFrame(lines, columns=columns, dtype=object), (5, 36, 14, 22, 22, 11))
 
 
 def _interval(row: Mapping[str, Any]) -> str:
@@ -122,4 +117,5 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    made = "".join(_LATEX.get(letter, letter) for letter in text)
+    return "{}" * made.startswith(("[", "*")) + made  # at the start of a line \\ above would take it as its option

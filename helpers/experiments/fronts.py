@@ -11,8 +11,7 @@ from helpers.experiments import records as stored
 from helpers.experiments.methods import LORA, UNTUNED
 from helpers.experiments.records import GAIN, MEASURES, Record
 from helpers.prompts import prompts
-from helpers.report.figures import Picture, front
-from helpers.report.rendering import non_dominated
+from helpers.report.figures import Picture, front, non_dominated
 from helpers.report.tables import Table, table
 
 KEPT = MEASURES["refused_unseen"]

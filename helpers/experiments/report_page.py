@@ -1,27 +1,13 @@
-"""The report: a page with the claims, their numbers, their limits and every figure, all in one file.
+"""The report: a page with the claims, their numbers, their limits and every figure, all in one file that works offline.
 
-It is made of files that the notebooks left (claims, sections, figures) and of notebook 07's own prose.
-
-The notebooks as cells: which cell and which section made a claim, and what a section says.
-
-Where a claim was made: a link to the notebook's cell, or its section in words where a link would lead nowhere.
-
-How the report looks: light and dark as the reader's system asks, and on paper.
-
-A small markdown: what the notebooks' prose uses (paragraphs, lists, tables, bold, italics, code), as HTML.
-
-Everything is escaped first, so that text from anywhere stays text. Links keep their words and lose their address.
-
-Sections of the report: words, tables and figures that a notebook leaves among the results, for `html_report`.
-
-As with claims, what a run found is a file: the report and the exports can be written again without running anything.
+It is made of files that the notebooks left (claims, sections, figures) and of notebook 07's own prose, so it can be
+written again without running anything. `report_page.html.j2` says how it looks; all that it shows is escaped.
 """
 
 from __future__ import annotations
 
 import base64
 import html
-import itertools
 import json
 import os
 import re
@@ -30,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 from helpers.config import ROOT, Profile, profile, results_dir
 from helpers.experiments.claims import CLAIMS, beside, collect_claims, reversals
@@ -147,82 +137,24 @@ def claim_link(row: Mapping[str, Any], page: Path) -> Link:
     path = Path(os.path.relpath(file.resolve(), page)).as_posix()
     return Link(words, f"{path}#cell-id={quote(cell)}")
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1b1b; --soft: #4a4a4a; --rule: #d9d9d9; --link: #005a8c;
-  --good: #00664a; --bad: #a33c00; }
-@media (prefers-color-scheme: dark) { :root { --paper: #161616; --ink: #e8e8e8; --soft: #b5b5b5; --rule: #3d3d3d;
-  --link: #7cc4f0; --good: #4fd1a5; --bad: #ff9d66; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
-  color: var(--ink); background: var(--paper); }
-a { color: var(--link); } a:focus-visible, .wide:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--rule); }
-nav ol { columns: 16rem; padding-left: 1.4rem; }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .4rem 0; }
-th, td { text-align: left; vertical-align: top; padding: .4rem .55rem; border-bottom: 1px solid var(--rule); }
-td.number { white-space: nowrap; }
-td.claim { min-width: 13rem; } td.reproduced, td.not, td.untested { min-width: 10rem; }
-td small { display: block; max-width: 13rem; font-weight: 400; white-space: normal; color: var(--soft); }
-.reproduced { color: var(--good); font-weight: 600; }
-.not { color: var(--bad); font-weight: 600; }
-.untested { color: var(--soft); font-weight: 600; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
-figcaption { color: var(--soft); font-size: .9rem; }
-@media print {
-  :root { color-scheme: light; --paper: #ffffff; --ink: #000000; --soft: #333333; --rule: #bbbbbb; --link: #000000;
-    --good: #00664a; --bad: #a33c00; }
-  body { max-width: none; margin: 0; font-size: 10pt; } nav { display: none; }
-  .wide { overflow: visible; } table { font-size: 8pt; } td.claim, td.reproduced, td.not, td.untested { min-width: 0; }
-  td.number { white-space: normal; } tr, figure { break-inside: avoid; }
-  h2 { break-after: avoid; }
-}
-"""
 
-_INLINE = (
-    (re.compile(r"`([^`]+)`"), r"<code>\1</code>"),
-    (re.compile(r"\*\*([^*]+)\*\*"), r"<strong>\1</strong>"),
-    (re.compile(r"(?<!\*)\*([^*\s][^*]*)\*(?!\*)"), r"<em>\1</em>"),
-    (re.compile(r"\[([^\]]+)\]\([^)]*\)"), r"\1"),
-)
+def _markdown() -> MarkdownIt:
+    """Paragraphs, lists, tables, bold, italics and code as HTML, everything else as text.
+
+    A heading becomes a paragraph in bold; links keep their words and lose their address.
+    """
+    made = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "autolink"])
+    tags = {"link_open": "", "link_close": "", "softbreak": " ", "heading_open": "<p><strong>",
+            "heading_close": "</strong></p>\n", "table_open": '<div class="wide"><table>',
+            "table_close": "</table></div>\n", "th_open": '<th scope="col">'}  # fmt: skip
+    for rule, tag in tags.items():
+        made.add_render_rule(rule, lambda *_, tag=tag: tag)
+    return made
 
 
-def inline(text: str) -> str:
-    """One line of markdown as HTML."""
-    text = html.escape(text, quote=True)
-    for pattern, made in _INLINE:
-        text = pattern.sub(made, text)
-    return text
-
-
-def prose(markdown: str) -> str:
-    """Paragraphs, lists and tables as HTML; a heading becomes a paragraph in bold."""
-    made = []
-    for kind, lines in itertools.groupby(markdown.splitlines(), key=_kind):
-        lines = list(lines)
-        if kind == "list":
-            made.append("<ul>" + "".join(f"<li>{inline(line[2:])}</li>" for line in lines) + "</ul>")
-        elif kind == "table":
-            made.append(_pipe_table(lines))
-        elif kind == "heading":
-            made += [f"<p><strong>{inline(line.lstrip('# '))}</strong></p>" for line in lines]
-        elif kind == "text":
-            made.append(f"<p>{inline(' '.join(lines))}</p>")
-    return "\n".join(made)
-
-
-def _kind(line: str) -> str:
-    if not line.strip():
-        return "empty"
-    return {"-": "list", "|": "table", "#": "heading"}.get(line[0], "text") if line[:2] != "--" else "text"
-
-
-def _pipe_table(lines: list[str]) -> str:
-    rows = [[inline(cell.strip()) for cell in line.strip().strip("|").split("|")] for line in lines]
-    head, *body = [row for row in rows if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    rest = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{rest}</tbody></table></div>'
+def prose(markdown: str) -> Markup:
+    """What the notebooks' prose says, as HTML."""
+    return Markup(_markdown().render(markdown))
 
 
 @dataclass(frozen=True)
@@ -289,73 +221,27 @@ def html_report(on: Profile | None = None) -> Path:
     Story: notebooks/07_claims.
     """
     p = on or profile()
-    folder, kept = results_dir(p), sections(p)
+    folder, kept, claims = results_dir(p), sections(p), collect_claims(p)
+    saved = {path.stem: path for path in sorted((folder / "figures").glob("*.svg"))}
     shown = {name for one in kept for name in one.figures}
-    others = [path for path in sorted((folder / "figures").glob("*.svg")) if path.stem not in shown]
-    claims = collect_claims(p)
-    parts = {"The claims": _claims_table(claims, folder) + f"<p>{_safe(MARKS)}</p>"}
-    parts |= {one.title: _section(one, folder) for one in kept}
+    parts = [{"title": "The claims", "claims": [_claim(row, folder) for row in claims], "words": [MARKS]}]
+    parts += [{"title": one.title, "words": one.words, "tables": one.tables,
+               "figures": [_figure(saved[name]) for name in one.figures if name in saved]} for one in kept]  # fmt: skip
     if (NOTEBOOKS / f"{SOURCE}.py").is_file():
-        parts |= {words: prose(section_text(SOURCE, words)) for words in PROSE}
-        parts[CHANGE] += _table(reversals(claims))
-    parts |= {"Figures of the notebooks": "\n".join(map(_figure, others))} if others else {}
-    menu = "".join(f'<li><a href="#{_id(title)}">{_safe(title)}</a></li>' for title in parts)
-    body = [f'<section aria-labelledby="{_id(title)}"><h2 id="{_id(title)}">{_safe(title)}</h2>\n{part}</section>'
-            for title, part in parts.items()]  # fmt: skip
-    text = "\n".join([
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Claims · {_safe(p.name)}</title>',
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
-        f"<header><h1>Claims on profile {_safe(p.name)}</h1><p>{_safe(INTRODUCTION)}</p></header>",
-        f'<nav aria-label="Sections"><ol>{menu}</ol></nav><main>', *body, "</main></body></html>",
-    ])  # fmt: skip
+        parts += [{"title": title, "prose": prose(section_text(SOURCE, title)),
+                   "tables": [reversals(claims)] if title == CHANGE else []} for title in PROSE]  # fmt: skip
+    others = [_figure(path) for name, path in saved.items() if name not in shown]
+    parts += [{"title": "Figures of the notebooks", "figures": others}] if others else []
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+                       lstrip_blocks=True, undefined=StrictUndefined)  # fmt: skip
+    page.filters |= {"is_number": _NUMBER.fullmatch, "interval": _interval, "slug": _id}
+    text = page.get_template("report_page.html.j2").render(
+        profile=p.name, introduction=INTRODUCTION, columns=COLUMNS, parts=parts)  # fmt: skip
     return write_text(folder / "report.html", text + "\n")
 
 
-def _section(one: Section, folder: Path) -> str:
-    found = [f"<p>{_safe(words)}</p>" for words in one.words]
-    paths = [folder / "figures" / f"{name}.svg" for name in one.figures]
-    found += [_figure(path) for path in paths if path.is_file()]
-    return "\n".join([*found, *map(_table, one.tables)])
-
-
-def _table(one: Table) -> str:
-    caption = f"<caption>{_safe(one.caption)}</caption>" if one.caption else ""
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in one.rows)
-    return _wide(f"<table>{caption}{_head(one.columns)}<tbody>{rows}</tbody></table>", one.caption or "table")
-
-
-def _cell(words: str) -> str:
-    number = ' class="number"' if _NUMBER.fullmatch(words) else ""
-    return f"<td{number}>{_safe(words)}</td>"
-
-
-def _head(columns: Sequence[str]) -> str:
-    return "<thead><tr>" + "".join(f'<th scope="col">{_safe(name)}</th>' for name in columns) + "</tr></thead>"
-
-
-def _wide(table: str, words: str) -> str:
-    return f'<div class="wide" role="region" tabindex="0" aria-label="{_safe(words)}">{table}</div>'
-
-
-def _claims_table(rows: list[dict[str, Any]], page: Path) -> str:
-    body = "".join(_claim_row(row, page) for row in rows)
-    return _wide(f"<table>{_head(COLUMNS)}<tbody>{body}</tbody></table>", "The claims")
-
-
-def _claim_row(row: dict[str, Any], page: Path) -> str:
-    control, id = row["control"], row["id"]
-    cells = [
-        f'<th scope="row" id="{_safe(id)}">{_safe(id)}</th>',
-        f'<td class="claim">{_safe(row["claim"])} [{_safe(CLAIMS[id].mark)}]</td>',
-        f'<td class="{_safe(row["verdict"].split()[0])}">{_safe(row["verdict"])}'
-        + (f"<small>{_safe(row['reason'])}</small>" if row["reason"] else "") + "</td>",
-        f'<td class="number">{_interval(row)}<small>{_safe(row["unit"])}</small>'
-        + "".join(f"<small>{_safe(words)}</small>" for words in beside(row)) + "</td>",
-        f'<td class="number">{_interval(control) if control else ""}'
-        + (f"<small>{_safe(control['name'])}</small>" if control else "") + "</td>",
-        f'<td class="number">{row["n_prompts"]} × {row["n_seeds"]}</td><td>{claim_link(row, page).html()}</td>',
-    ]  # fmt: skip
-    return f"<tr>{''.join(cells)}</tr>"
+def _claim(row: dict[str, Any], page: Path) -> dict[str, Any]:
+    return {**row, "mark": CLAIMS[row["id"]].mark, "beside": beside(row), "link": claim_link(row, page)}
 
 
 def _interval(row: dict[str, Any]) -> str:
@@ -364,12 +250,11 @@ def _interval(row: dict[str, Any]) -> str:
     return f"{row['estimate']:.3g} [{row['ci_low']:.3g}, {row['ci_high']:.3g}]"
 
 
-def _figure(path: Path) -> str:
+def _figure(path: Path) -> dict[str, str]:
     svg = path.read_text(encoding="utf-8")
     title, words = (_metadata(svg, tag) for tag in ("title", "description"))
-    name, data = title or path.stem.replace("_", " "), base64.b64encode(svg.encode()).decode()
-    image = f'<img alt="{_safe(words or name)}" src="data:image/svg+xml;base64,{data}">'
-    return f"<figure>{image}<figcaption>{_safe(name)} ({_safe(path.name)})</figcaption></figure>"
+    name = title or path.stem.replace("_", " ")
+    return {"name": name, "file": path.name, "words": words or name, "data": base64.b64encode(svg.encode()).decode()}
 
 
 def _metadata(svg: str, tag: str) -> str:
@@ -380,7 +265,3 @@ def _metadata(svg: str, tag: str) -> str:
 
 def _id(title: str) -> str:
     return "s-" + re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-
-
-def _safe(text: Any) -> str:
-    return html.escape(str(text), quote=True)

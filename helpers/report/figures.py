@@ -8,19 +8,20 @@ the results.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from helpers.config import results_dir
-from helpers.report.rendering import BEHIND, FRONT, NAMED, Drawing, draw, move, non_dominated
+from helpers.report.rendering import COLORS, Axis, Drawing, Ends, Grid, Points, Rule, Steps, Tag, moving, still, wrapped
 from helpers.report.tables import cell
 from helpers.store import write_text
 
-# Okabe and Ito's colours, told apart with every common colour blindness; black last.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 PLOTLY = "application/vnd.plotly.v1+json"
+FRONT, BEHIND, NAMED = "not dominated", "dominated", "for comparison"
+KINDS = {FRONT: (COLORS[0], "circle"), BEHIND: (COLORS[6], "circle-open"), NAMED: (COLORS[1], "diamond")}
 
 
 @dataclass(frozen=True)
@@ -41,150 +42,99 @@ class Picture:
         return self.text
 
 
-def lines(
-    x: Any,
-    series: Mapping[str, Any],
-    title: str = "",
-    x_title: str = "",
-    y_title: str = "",
-    *,
-    name: str,
-    y_range: tuple[float, float] | None = None,
-    reference: tuple[float, str] | None = None,
-) -> Picture:
+def lines(x: Any, series: Mapping[str, Any], title: str = "", x_title: str = "", y_title: str = "", *, name: str,
+          y_range: tuple[float, float] | None = None, reference: tuple[float, str] | None = None) -> Picture:
     """Draw curves over `x`: a series is `y`, `(y, low, high)` with its interval as a band, or a list of intervals."""
-    drawn = {label: {"x": _floats(x), **_curve(y), "labels": []} for label, y in series.items()}
-    for label, curve in drawn.items():
-        if len(curve["y"]) != len(curve["x"]):
-            raise ValueError(
-                f"The curve {label!r} of {name} has {len(curve['y'])} values for {len(curve['x'])} places."
-            )
-    return _picture(name, Drawing("lines", title, x_title, y_title, drawn, y_range=y_range, reference=reference))
+    marks = []
+    for (label, values), color in zip(series.items(), cycle(COLORS), strict=False):
+        y, ends = _curve(values)
+        if len(y) != len(x):
+            raise ValueError(f"The curve {label!r} of {name} has {len(y)} values for {len(x)} places.")
+        marks.append(Points(label, _floats(x), y, color, "curve", y_ends=ends))
+    return _picture(name, Drawing(title, Axis(x_title), Axis(y_title, range=y_range), (*marks, *_rule(reference, "y"))))
 
 
-def bars(
-    values: Mapping[str, Any],
-    title: str = "",
-    y_title: str = "",
-    *,
-    name: str,
-    x_title: str = "",
-    y_range: tuple[float, float] | None = None,
-    reference: tuple[float, str] | None = None,
-) -> Picture:
+def bars(values: Mapping[str, Any], title: str = "", y_title: str = "", *, name: str, x_title: str = "",
+         y_range: tuple[float, float] | None = None, reference: tuple[float, str] | None = None) -> Picture:
     """Draw `{bar: value}` or grouped `{bar: {group: value}}`; a value is a number or an interval (a whisker)."""
-    drawn, labels = _grouped(values)
-    made = Drawing("bars", title, x_title, y_title, drawn, x_labels=labels, y_range=y_range, reference=reference)
-    return _picture(name, made)
+    groups = _grouped(values)
+    width = 0.8 / max(1, len(groups))
+    marks = [Points(group, places, y, COLORS[i % len(COLORS)], "bar", y_ends=ends,
+                    shift=(i - (len(groups) - 1) / 2) * width, width=width)
+             for i, (group, (places, y, ends)) in enumerate(groups.items())]  # fmt: skip
+    x, y = Axis(x_title, tuple(map(str, values))), Axis(y_title, range=y_range)
+    return _picture(name, Drawing(title, x, y, (*marks, *_rule(reference, "y"))))
 
 
-def forest(
-    values: Mapping[str, Any],
-    title: str = "",
-    x_title: str = "",
-    *,
-    name: str,
-    reference: tuple[float, str] | None = None,
-    groups: Sequence[str] = (),
-) -> Picture:
+def forest(values: Mapping[str, Any], title: str = "", x_title: str = "", *, name: str,
+           reference: tuple[float, str] | None = None, groups: Sequence[str] = ()) -> Picture:
     """Draw a line for each of many names, `{name: value}` or `{name: {group: value}}`, values as dots with whiskers.
 
     `groups` come first, in this order and these colours, also where a figure has none of them.
     """
-    drawn, labels = _grouped(values, groups)
-    return _picture(name, Drawing("forest", title, x_title, "", drawn, x_labels=labels, reference=reference))
+    found, names = _grouped(values, groups), tuple(map(str, values))
+    taken = [place for places, _, _ in found.values() for place in places]
+    step = 0.0 if len(taken) == len(set(taken)) else 0.6 / len(found)  # aside only where two share a line
+    marks = [Points(group, x, places, COLORS[i % len(COLORS)], "dot", x_ends=ends,
+                    shift=(i - (len(found) - 1) / 2) * step)
+             for i, (group, (places, x, ends)) in enumerate(found.items())]  # fmt: skip
+    row = max([26, *(17 * len(wrapped(one)) for one in names)])  # as tall as the longest name needs
+    drawing = Drawing(title, Axis(x_title), Axis("", names), (*marks, *_rule(reference, "x")), 190 + row * len(names))
+    return _picture(name, drawing)
 
 
-def _grouped(
-    values: Mapping[str, Any], first: Sequence[str] = ()
-) -> tuple[dict[str, dict[str, list]], tuple[str, ...]]:
-    """Series by group, at the places of the names, and the names."""
-    groups: dict[str, dict[str, Any]] = {group: {} for group in first}
-    for bar, value in values.items():
+def _grouped(values: Mapping[str, Any], first: Sequence[str] = ()) -> dict[str, tuple[list, list, Ends | None]]:
+    """{group: (places of its names, values, ends)}."""
+    groups: dict[str, dict[int, Any]] = {group: {} for group in first}
+    for place, value in enumerate(values.values()):
         for group, inner in (value if isinstance(value, Mapping) else {"": value}).items():
-            groups.setdefault(group, {})[bar] = inner
-    order = list(values)
-    drawn = {}
-    for group, inner in groups.items():
-        curve = _curve([inner[b] for b in order if b in inner])
-        drawn[group] = {"x": [float(i) for i, b in enumerate(order) if b in inner], **curve, "labels": []}
-    return drawn, tuple(map(str, order))
+            groups.setdefault(group, {})[place] = inner
+    return {group: (_floats(inner), *_curve(list(inner.values()))) for group, inner in groups.items()}
 
 
-def heatmap(
-    matrix: Any,
-    title: str = "",
-    x_title: str = "",
-    y_title: str = "",
-    *,
-    name: str,
-    x_labels: Sequence[Any] = (),
-    y_labels: Sequence[Any] = (),
-    diverging: bool = False,
-) -> Picture:
+def _rule(reference: tuple[float, str] | None, along: str) -> list[Rule]:
+    return [Rule(*reference, along)] if reference else []
+
+
+def heatmap(matrix: Any, title: str = "", x_title: str = "", y_title: str = "", *, name: str,
+            x_labels: Sequence[Any] = (), y_labels: Sequence[Any] = (), diverging: bool = False) -> Picture:
     """Draw a matrix, row 0 at the top; `diverging` centres the colours on zero for signed values; NaN stays empty."""
     grid = np.asarray(matrix, dtype=float)
     if grid.ndim != 2:
         raise ValueError(f"The heatmap {name} needs a matrix, not shape {grid.shape}.")
-    rows = [[None if not np.isfinite(v) else _short(v) for v in row] for row in grid]
-    xs = tuple(map(str, x_labels)) or tuple(map(str, range(grid.shape[1])))
-    ys = tuple(map(str, y_labels)) or tuple(map(str, range(grid.shape[0])))
-    return _picture(name, Drawing("heatmap", title, x_title, y_title, {}, rows, xs, ys, diverging=diverging))
+    cells = Grid([[None if not np.isfinite(v) else _short(v) for v in row] for row in grid], diverging)
+    x, y = (Axis(words, tuple(map(str, labels if len(labels) else range(n))))
+            for words, labels, n in ((x_title, x_labels, grid.shape[1]), (y_title, y_labels, grid.shape[0])))
+    return _picture(name, Drawing(title, x, y, (cells,)))
 
 
-def scatter(
-    x: Any,
-    y: Any,
-    labels: Sequence[Any] = (),
-    title: str = "",
-    x_title: str = "",
-    y_title: str = "",
-    *,
-    name: str,
-    groups: Sequence[Any] = (),
-    reference: tuple[float, str] | None = None,
-) -> Picture:
+def scatter(x: Any, y: Any, labels: Sequence[Any] = (), title: str = "", x_title: str = "", y_title: str = "", *,
+            name: str, groups: Sequence[Any] = (), reference: tuple[float, str] | None = None) -> Picture:
     """Draw points; `labels` show on hover, `groups` (one name per point) give colours."""
-    kinds = [str(g) for g in groups] or [""] * len(x)
-    if not len(x) == len(y) == len(kinds) or (len(labels) and len(labels) != len(x)):
+    kinds, words = [str(g) for g in groups] or [""] * len(x), list(map(str, labels)) or [""] * len(x)
+    if not len(x) == len(y) == len(kinds) == len(words):
         raise ValueError(f"The scatter {name} needs as many x, y, labels and groups as points ({len(x)}).")
-    drawn: dict[str, dict[str, list]] = {}
-    for i, (a, b, kind) in enumerate(zip(_floats(x), _floats(y), kinds, strict=True)):
-        points = drawn.setdefault(kind, {"x": [], "y": [], "low": [], "high": [], "labels": []})
-        points["x"].append(a)
-        points["y"].append(b)
-        points["labels"].append(str(labels[i]) if len(labels) else "")
-    return _picture(name, Drawing("scatter", title, x_title, y_title, drawn, reference=reference))
+    marks = []
+    for kind, color in zip(dict.fromkeys(kinds), cycle(COLORS), strict=False):
+        own = [i for i, one in enumerate(kinds) if one == kind]
+        marks.append(Points(kind, _floats(x[i] for i in own), _floats(y[i] for i in own), color, "cloud",
+                            labels=tuple(words[i] for i in own)))  # fmt: skip
+    return _picture(name, Drawing(title, Axis(x_title), Axis(y_title), (*marks, *_rule(reference, "y"))))
 
 
-def paths(
-    series: Mapping[str, Sequence[tuple[Any, Any, Any]]],
-    title: str = "",
-    x_title: str = "",
-    y_title: str = "",
-    *,
-    name: str,
-) -> Picture:
+def paths(series: Mapping[str, Sequence[tuple[Any, Any, Any]]], title: str = "", x_title: str = "", y_title: str = "",
+          *, name: str) -> Picture:
     """Draw a trade-off: each series is a path of points (words, x, y), both intervals, joined in the order given."""
-    drawn = {}
-    for label, points in series.items():
-        across, up = _curve([x for _, x, _ in points]), _curve([y for _, _, y in points])
-        beside = {"x": across["y"], "x_low": across["low"], "x_high": across["high"]}
-        drawn[label] = {**up, **beside, "labels": [str(words) for words, _, _ in points]}
-        if not up["low"] or not across["low"]:
+    marks = []
+    for (label, points), color in zip(series.items(), cycle(COLORS), strict=False):
+        if not points or not all(hasattr(one, "low") for _, *pair in points for one in pair):
             raise ValueError(f"The path {label!r} of {name} needs an interval for every x and y.")
-    return _picture(name, Drawing("paths", title, x_title, y_title, drawn))
+        marks.append(_crosses(label, points, color, "path"))
+    return _picture(name, Drawing(title, Axis(x_title), Axis(y_title), tuple(marks)))
 
 
-def front(
-    points: Mapping[str, tuple[Any, Any]],
-    title: str = "",
-    x_title: str = "",
-    y_title: str = "",
-    *,
-    name: str,
-    compared_with: Sequence[str] = (),
-) -> Picture:
+def front(points: Mapping[str, tuple[Any, Any]], title: str = "", x_title: str = "", y_title: str = "", *, name: str,
+          compared_with: Sequence[str] = ()) -> Picture:
     """Draw named points `{words: (x, y)}`, intervals both, more being better on either axis: those that no other point
     beats are joined (by their estimates), those of `compared_with` marked. Names stand beside the plot.
     """
@@ -192,15 +142,58 @@ def front(
         raise ValueError(f"The front {name} needs at least one point.")
     if not all(hasattr(one, "low") for pair in points.values() for one in pair):
         raise ValueError(f"The front {name} needs an interval for every x and y.")
+    places = {words: (_short(x.estimate), _short(y.estimate)) for words, (x, y) in points.items()}
     best = non_dominated({words: (x.estimate, y.estimate) for words, (x, y) in points.items()})
-    drawn: dict[str, dict[str, list]] = {}
-    for kind in (FRONT, BEHIND, NAMED):
-        mine = [w for w in points
-                if kind == (NAMED if w in compared_with else FRONT if w in best else BEHIND)]  # fmt: skip
-        across, up = (_curve([points[w][i] for w in mine]) for i in (0, 1))
-        if mine:
-            drawn[kind] = {**up, "x": across["y"], "x_low": across["low"], "x_high": across["high"], "labels": mine}
-    return _picture(name, Drawing("labelled", title, x_title, y_title, drawn))
+    kinds = {words: NAMED if words in compared_with else FRONT if words in best else BEHIND for words in points}
+    signs = [_crosses(kind, [(one, *points[one]) for one in points if kinds[one] == kind], color, "sign", symbol)
+             for kind, (color, symbol) in KINDS.items() if kind in kinds.values()]  # fmt: skip
+    x, y = (Axis(words, range=_span([getattr(sign, ends) for sign in signs]))
+            for words, ends in ((x_title, "x_ends"), (y_title, "y_ends")))  # fmt: skip
+    told = sorted(places, key=lambda words: (-places[words][1], places[words][0], list(kinds).index(words)))
+    tags = [Tag(words, *places[words], height)  # of equal heights the left one's name is higher: no lines cross
+            for words, height in zip(told, spread([places[words][1] for words in told], *y.range), strict=True)]
+    steps = sorted(places[words] for words in non_dominated(places))
+    line = Steps([x for x, _ in steps], [y for _, y in steps], KINDS[FRONT][0])
+    return _picture(name, Drawing(title, x, y, (*tags, line, *signs), max(420, 150 + 20 * len(points))))
+
+
+def non_dominated(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of points that no other beats on one axis while being at least as far on the other (more is better)."""
+    return [name for name, (x, y) in points.items()
+            if not any(a >= x and b >= y and (a > x or b > y) for a, b in points.values())]  # fmt: skip
+
+
+def spread(wanted: list[float], low: float, high: float) -> list[float]:
+    """Places for names, in the order of `wanted` from the top, evenly apart where they would come too close.
+
+    None lies outside [low, high], no two are closer than the range shared among them, and each is near its own point.
+    """
+    gap = 0.98 * (high - low) / max(len(wanted), 1)
+    order = sorted(range(len(wanted)), key=lambda i: (-wanted[i], i))
+    placed: list[float] = []
+    for i in order:
+        placed.append(min(wanted[i], high - gap / 2, placed[-1] - gap if placed else high))
+    floor = low + gap / 2
+    for k in range(len(placed) - 1, -1, -1):
+        placed[k] = max(placed[k], floor)
+        floor = placed[k] + gap
+    found = [0.0] * len(wanted)
+    for i, place in zip(order, placed, strict=True):
+        found[i] = place
+    return found
+
+
+def _span(ends: Sequence[Ends]) -> tuple[float, float]:
+    """From the lowest to the highest end of all intervals, with a little room."""
+    bottom, top = min(v for low, _ in ends for v in low), max(v for _, high in ends for v in high)
+    room = 0.05 * (top - bottom) or 0.05
+    return bottom - room, top + room
+
+
+def _crosses(label: str, points: Sequence[tuple[Any, Any, Any]], color: str, look: str, symbol: str = "circle"):
+    """Points (words, x, y) with both their intervals."""
+    (x, x_ends), (y, y_ends) = (_curve([point[i] for point in points]) for i in (1, 2))
+    return Points(label, x, y, color, look, x_ends, y_ends, tuple(str(point[0]) for point in points), symbol)
 
 
 def _picture(name: str, drawing: Drawing) -> Picture:
@@ -208,10 +201,10 @@ def _picture(name: str, drawing: Drawing) -> Picture:
         raise ValueError(
             f"A figure's name is its file's name: {name!r} must be lower-case letters, digits and underscores."
         )
-    words = _in_words(drawing)
-    svg = draw(drawing, COLORS, salt=name, words=words)
+    words = _in_words(name, drawing)
+    svg = still(drawing, salt=name, words=words)
     write_text(results_dir() / "figures" / f"{name}.svg", svg)
-    return Picture(name, move(drawing, COLORS), svg, words)
+    return Picture(name, moving(drawing), svg, words)
 
 
 def _short(value: Any) -> float:
@@ -222,42 +215,33 @@ def _floats(values: Any) -> list[float]:
     return [_short(v) for v in values]
 
 
-def _curve(values: Any) -> dict[str, list]:
-    """Return y, low and high of numbers, of intervals, or of a tuple (y, low, high) with None for no band."""
+def _curve(values: Any) -> tuple[list[float], Ends | None]:
+    """Values and the ends of their intervals, of numbers, of intervals, or of a tuple (y, low, high), None for none."""
     if isinstance(values, tuple) and len(values) == 3 and np.ndim(values[0]) == 1:
         y, low, high = values
-        return {
-            "y": _floats(y),
-            "low": [] if low is None else _floats(low),
-            "high": [] if high is None else _floats(high),
-        }
+        return _floats(y), None if low is None or high is None else (_floats(low), _floats(high))
     values = list(values)
     if values and all(hasattr(v, "low") for v in values):
-        return {
-            "y": _floats(v.estimate for v in values),
-            "low": _floats(v.low for v in values),
-            "high": _floats(v.high for v in values),
-        }
-    return {"y": _floats(getattr(v, "estimate", v) for v in values), "low": [], "high": []}
+        return _floats(v.estimate for v in values), (_floats(v.low for v in values), _floats(v.high for v in values))
+    return _floats(getattr(v, "estimate", v) for v in values), None
 
 
-def _in_words(d: Drawing) -> str:
-    said = [d.title or d.kind]
-    for name, s in d.series.items():
-        if not s["y"]:
-            continue
-        ends = (
-            [""] * len(s["y"])
-            if not s["low"]
-            else [f" [{cell(a)}, {cell(b)}]" for a, b in zip(s["low"], s["high"], strict=True)]
-        )
-        places = d.x_labels and [d.x_labels[int(x)] for x in s["x"]] or [f"{x:g}" for x in s["x"]]
-        if d.kind in ("paths", "labelled"):
-            spans = zip(s["labels"], s["x"], s["x_low"], s["x_high"], strict=True)
-            places = [f"{words} at {cell(x)} [{cell(a)}, {cell(b)}]" for words, x, a, b in spans]
-        points = [f"{p}: {cell(y)}{e}" for p, y, e in zip(places, s["y"], ends, strict=True)]
+def _in_words(name: str, d: Drawing) -> str:
+    """The numbers of a drawing as text, up to twelve of a name."""
+    said = [d.title or name]
+    said += [f"  {len(one.values)} × {len(one.values[0])} values" for one in d.marks if isinstance(one, Grid)]
+    for mark in d.points:
+        at, values, ends = (mark.y, mark.x, mark.x_ends) if d.rows else (mark.x, mark.y, mark.y_ends)
+        places = [(d.x.names or d.y.names)[int(x)] for x in at] if d.x.names or d.y.names else [f"{x:g}" for x in at]
+        if mark.x_ends and mark.y_ends:
+            places = [f"{words} at {place}" for words, place in zip(mark.labels, _cells(at, mark.x_ends), strict=True)]
+        points = [f"{place}: {value}" for place, value in zip(places, _cells(values, ends), strict=True)]
         shown = points if len(points) <= 12 else [*points[:12], f"… {len(points)} points in all"]
-        said.append(f"  {name or d.y_title or 'values'}: " + "; ".join(shown))
-    if d.grid:
-        said.append(f"  {len(d.grid)} × {len(d.grid[0])} values")
+        said += [f"  {mark.name or d.y.title or 'values'}: " + "; ".join(shown)] if points else []
     return "\n".join(said)
+
+
+def _cells(values: list[float], ends: Ends | None) -> list[str]:
+    if ends is None:
+        return [cell(value) for value in values]
+    return [f"{cell(value)} [{cell(a)}, {cell(b)}]" for value, a, b in zip(values, *ends, strict=True)]
