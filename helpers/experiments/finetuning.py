@@ -31,9 +31,10 @@ import torch
 
 from helpers.config import PROFILES, Profile, models_here, profile
 from helpers.experiments.methods import IDENTITY, LORA, METHODS, OTHER, PAPER, RANDOM, SAME, UNTUNED, VARIANTS
+from helpers.experiments.progress import Progress, one_sentence, said_by
 from helpers.experiments.records import RESULTS, VARIED, Arm, load, shares
 from helpers.experiments.rules import MIN_BENIGN_COMPLIANCE, MIN_COHERENCE, MIN_UTILITY
-from helpers.experiments.runner import Job, Progress, about, head, kept, one_sentence, run_jobs, said_by, source_of
+from helpers.experiments.runner import Job, about, head, kept, run_jobs, source_of
 from helpers.store import write_json
 
 
