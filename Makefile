@@ -23,13 +23,16 @@ export TRANSFORMERS_OFFLINE = 1
 export HF_DATASETS_OFFLINE = 1
 endif
 
-.PHONY: help reproduce test lab organism sync check bench lock
+.PHONY: help reproduce experiments test lab organism sync check bench lock
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' Makefile | while IFS=@ read -r a b; do printf '%-20s%s\n' "$$a" "$$b"; done
 
 reproduce: $(READY) ## run notebooks 00-07; writes claims.json and report.html into data/results
 	$(IN_VENV) -m helpers.tools.notebooks run
+
+experiments: $(READY) ## list what fills data/results and what each costs; NAME=... makes one, ARGS="..." are its options
+	@$(IN_VENV) -m helpers.experiments $(NAME) $(ARGS)
 
 test: $(READY) ## lint, unit tests, notebooks compared with their outputs, browser; ends non-zero on any failure
 	$(IN_VENV) -m ruff check .
@@ -43,8 +46,9 @@ lab: $(READY) ## open JupyterLab on notebook 00
 organism: $(READY) ## train the embedded model again from its seed, into data/organism (resumable; ORGANISM=... for more)
 	$(IN_VENV) -m helpers.organism.build $(ORGANISM)
 
-sync: $(READY) ## copy the cells of each notebook's .py into its .ipynb, keeping outputs; renew badges and first cells
+sync: $(READY) ## copy the cells of each notebook's .py into its .ipynb, keeping outputs; renew badges, first cells, README
 	$(IN_VENV) -m helpers.tools.colab
+	$(IN_VENV) -m helpers.experiments --readme
 	$(IN_VENV) -m helpers.tools.notebooks sync
 
 check: $(READY) ## say which notebooks are not paired, not fresh or not clean

@@ -19,6 +19,7 @@ import torch
 
 from helpers.config import PROFILES, Profile, locate, models_here, profile
 from helpers.experiments.methods import IDENTITY, METHODS, OTHER, SAME, VARIANTS, Method, subspace
+from helpers.experiments.progress import Progress, one_sentence, said_by
 from helpers.experiments.records import (
     LORA,
     PAPER,
@@ -32,7 +33,7 @@ from helpers.experiments.records import (
     load,
     shares,
 )
-from helpers.experiments.runner import Arms, Job, Progress, arms_of, head, look, n_workers, one_sentence, said_by
+from helpers.experiments.runner import Arms, Job, arms_of, head, look, n_workers
 from helpers.experiments.tables import EQUAL, Comparison, OnVal, is_committed, own_folder, record_of, source_of
 from helpers.models import LoadedModel
 from helpers.stats import Interval

@@ -19,8 +19,9 @@ import torch
 
 from helpers.config import Profile, profile
 from helpers.experiments.methods import METHODS, Run
+from helpers.experiments.progress import Progress, one_sentence, said_by
 from helpers.experiments.records import ATTACKED, RESULTS, load
-from helpers.experiments.runner import Progress, look, said_by
+from helpers.experiments.runner import look
 from helpers.finetune.data import poisoned_mix
 from helpers.finetune.projected_lora import load_adapter
 from helpers.finetune.train import TrainConfig, train
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing := [name for name in names if name not in records or records[name].chosen is None]:
         parser.error(f"no setting of {missing[0]} has been chosen yet: run python -m helpers.experiments finetuning")
     progress = Progress(len(names))
-    for name in names:
-        found = attacked(p, name, records[name].chosen)
-        write_json(args.results / ATTACKED / f"{METHODS[name].slug}.json", {"method": name} | found)
-        progress.step(name)
+    with one_sentence():
+        for name in names:
+            found = attacked(p, name, records[name].chosen)
+            write_json(args.results / ATTACKED / f"{METHODS[name].slug}.json", {"method": name} | found)
+            progress.step(name)

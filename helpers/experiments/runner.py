@@ -5,14 +5,11 @@ A killed run therefore goes on where it stopped. `finetuning` says which arms th
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -26,6 +23,7 @@ from helpers.config import Profile
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.evaluate.measure import measure
 from helpers.experiments.methods import EVERY, Method, Run, update_norm
+from helpers.experiments.progress import Progress
 from helpers.experiments.records import N_TASKS, Arm
 from helpers.experiments.steering import bits
 from helpers.experiments.tables import about, same_run, source_of
@@ -33,7 +31,7 @@ from helpers.finetune.diagnose import drift
 from helpers.finetune.train import TrainConfig
 from helpers.models import LoadedModel
 from helpers.prompts import fitted_on, prompts, tasks
-from helpers.store import cached_json, code_version, fingerprint, full_disk_in_words, write_json
+from helpers.store import cached_json, code_version, fingerprint, write_json
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class Job:
         return f"{self.method} at {self.setting:.3g}{poison}, seed {self.seed}"
 
 
-PACE = 8  # steps that an estimate rests on
 NONE: Mapping[Job, dict[str, Any]] = MappingProxyType({})
 
 
@@ -171,44 +168,3 @@ class Arms:
         held = {job: arm for job, arm in self.known.items() if job.method == name and self.stays(job)}
         arms = list((self.of[name] | held).values())
         write_json(self.out / f"{self.methods[name].slug}.json", self.head(name) | {"arms": arms})
-
-
-class Progress:
-    """Prints what has been done of `total`, and how long the rest will take at the pace of the last few that were made;
-    `known` of them are not made but taken from files.
-    """
-
-    def __init__(self, total: int, known: int = 0) -> None:
-        self.total, self.known, self.done = total, known, 0
-        self.times = deque([time.perf_counter()], maxlen=PACE + 1)
-
-    def step(self, what: object, known: bool = False) -> None:
-        """Count one thing, made or known before."""
-        self.done, now = self.done + 1, time.perf_counter()
-        if known:
-            self.known -= 1
-            self.times = deque((now,), maxlen=PACE + 1) if len(self.times) == 1 else self.times
-        else:
-            self.times.append(now)
-        pace = (self.times[-1] - self.times[0]) / max(len(self.times) - 1, 1)
-        left = pace * max(self.total - self.done - max(self.known, 0), 0) / 60
-        print(f"{self.done}/{self.total} {what}; about {left:.0f} minutes left", flush=True)
-
-
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """A full disk, and a run that was interrupted, in one sentence each."""
-    try:
-        with full_disk_in_words():
-            yield
-    except KeyboardInterrupt as stop:
-        raise SystemExit("Interrupted: give the same command again, and it goes on where it stopped.") from stop
-
-
-@contextmanager
-def said_by(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Bad input on the command line, in one sentence."""
-    try:
-        yield
-    except ValueError as error:
-        parser.error(str(error))

@@ -33,6 +33,7 @@ import torch
 
 from helpers.config import PROFILES, ROOT, Profile, models_here, population
 from helpers.evaluate.measure import Behaviour, measure
+from helpers.experiments.progress import STORED, Progress, one_sentence
 from helpers.experiments.rules import MIN_COHERENCE, Causal, Overlap, Variant, Verdict, c5, rises
 from helpers.heads.ablation import Head, all_rows, layer_matched_heads, require_unseen, scaled
 from helpers.heads.overlap import Others, Scores, Unit, excess_overlap, overlap_test, reliability, top_heads, top_units
@@ -360,9 +361,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as problem:
         parser.error(str(problem))
     torch.set_num_threads(1)
-    p = PROFILES["organism"]
-    for name, path in asked.items():
-        choices = (OWN, *CHOICES) if path == p.model else (OWN,)
-        found = run(replace(p, model=path), choices)
-        write_json(args.out / f"{name}.json", found)
-        print(f"{name}: {found['seconds']} s", flush=True)
+    p, progress = PROFILES["organism"], Progress(len(asked))
+    with one_sentence():
+        for name, path in asked.items():
+            choices = (OWN, *CHOICES) if path == p.model else (OWN,)
+            found = run(replace(p, model=path), choices)
+            write_json(args.out / f"{name}.json", found)
+            progress.step(f"{name}, {found['seconds']} s", known=found["seconds"] < STORED)

@@ -23,6 +23,7 @@ from helpers.config import PROFILES, ROOT, Profile, models_here
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.evaluate.measure import Behaviour, measure
 from helpers.evaluate.truth import free_answers, multiple_choice
+from helpers.experiments.progress import Progress, one_sentence
 from helpers.experiments.rules import MIN_COHERENCE
 from helpers.models import LoadedModel, load_model
 from helpers.prompts import Prompts, misconceptions, prompts
@@ -189,8 +190,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked = models_here(args.models)
     except ValueError as problem:
         parser.error(str(problem))
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    progress, began = Progress(len(asked)), time.perf_counter()
+    pool = ProcessPoolExecutor(args.workers, get_context("spawn"), torch.set_num_threads, (1,))
+    with one_sentence(), pool:
         jobs = [replace(PROFILES["organism"], model=path) for path in asked.values()]
         for name, found in zip(asked, pool.map(run, jobs), strict=True):
             write_json(args.out / f"{name}.json", found)
-            print(f"{name}: {found['seconds']} s", flush=True)
+            progress.step(f"{name}, {found['seconds']} s", known=found["seconds"] > time.perf_counter() - began)

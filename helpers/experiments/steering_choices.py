@@ -23,6 +23,7 @@ import torch
 from helpers.config import PROFILES, ROOT, Profile, models_here
 from helpers.evaluate.measure import measure
 from helpers.experiments import steering
+from helpers.experiments.progress import STORED, Progress, one_sentence
 from helpers.experiments.steering import Asked
 from helpers.experiments.steering_records import Records, load_records
 from helpers.models import LoadedModel, load_model
@@ -197,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as problem:
         parser.error(str(problem))
     torch.set_num_threads(1)
-    for name, path in asked.items():
-        found = run(replace(PROFILES["organism"], model=path))
-        write_json(args.out / f"{name}.json", found)
-        print(f"{name}: {found['seconds']} s", flush=True)
+    progress = Progress(len(asked))
+    with one_sentence():
+        for name, path in asked.items():
+            found = run(replace(PROFILES["organism"], model=path))
+            write_json(args.out / f"{name}.json", found)
+            progress.step(f"{name}, {found['seconds']} s", known=found["seconds"] < STORED)

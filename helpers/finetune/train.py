@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,17 +282,20 @@ def finetune(
     `lm_path` is a path or a Hugging Face id (loaded on `device` in `dtype`), or a LoadedModel (copied, not changed).
     `subspaces` constrains the update per module. With `out` the adapter goes there. Errors as in train().
     """
-    cfg, load = TrainConfig.of(cfg, seed), partial(load_model, lm_path, device=device, dtype=dtype)
+    cfg, here = TrainConfig.of(cfg, seed), isinstance(lm_path, LoadedModel)
     how = {"subspaces": subspaces, "variant": variant}
-    if isinstance(lm_path, LoadedModel):
-        if out is None:
-            raise ValueError("A model in memory has no place in the store: pass out=, the adapter's folder.")
-        return train(replace(lm_path, model=deepcopy(lm_path.model)), rows, cfg, Path(out), **how)
+
+    def load() -> LoadedModel:
+        if here:
+            return replace(lm_path, model=deepcopy(lm_path.model))
+        return load_model(lm_path, device=device, dtype=dtype)
+
     if out is not None:
         return train(load(), rows, cfg, Path(out), **how)
     bases = {name: (where.side, _digest(where.basis.tolist())) for name, where in (subspaces or {}).items()}
     data = _digest([(row.get("prompt"), row.get("answer")) for row in rows])
-    key = {"model": (fingerprint(lm_path), dtype), "rows": data, "config": cfg, "variant": variant, "subspaces": bases}
+    model = _weights_digest(lm_path.model) if here else fingerprint(lm_path)
+    key = {"model": (model, dtype), "rows": data, "config": cfg, "variant": variant, "subspaces": bases}
     checkpoint = artifacts_dir() / "checkpoints" / f"{_digest((plain(key), code_version(__name__)))}.safetensors"
     checkpoint.parent.mkdir(exist_ok=True)
     return artifact("adapters", key, lambda to: train(load(), rows, cfg, to, checkpoint=checkpoint, **how))
@@ -301,3 +303,11 @@ def finetune(
 
 def _digest(value: object) -> str:
     return hashlib.sha256(to_json(value, indent=None).encode()).hexdigest()[:16]
+
+
+def _weights_digest(model: nn.Module) -> str:
+    """Of every weight as it is in memory, whatever file the model came from."""
+    total = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        total.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
