@@ -145,23 +145,27 @@ def grid_draws(
     matrices: Sequence[np.ndarray], n_boot: int = 2000, seed: int = 0, clusters: Clusters = None,
     models: Clusters = None,
 ) -> list[Float[np.ndarray, " n_boot"]]:
-    """The bootstrap means of matrices [n_seeds, n_prompts] of one shape, resampled alike, as in bootstrap_grid.
-
-    Sums run over whole numbers wherever the values are shares of small counts or decimals, and never through BLAS, so
-    that every machine gives the same bits.
-    """
+    """The bootstrap means of matrices [n_seeds, n_prompts] of one shape, resampled alike, as in bootstrap_grid."""
     shape = np.shape(matrices[0])
     if len(shape) != 2 or 0 in shape or any(np.shape(one) != shape for one in matrices):
         raise ValueError(f"The matrix must be [n_seeds, n_prompts] and not empty, not of shape {shape}.")
     rng = np.random.default_rng(seed)
     seeds = _seed_counts(rng, n_boot, shape[0], models)
     prompts = resample_counts(rng, n_boot, shape[1], clusters)
-    drawn = seeds.sum(1) * prompts.sum(1)
-    found = []
-    for whole, scale in map(_whole, matrices):
-        sums = np.einsum("bp,bp->b", np.einsum("bs,sp->bp", seeds, whole), prompts)
-        found.append(sums / (scale * drawn))
-    return found
+    return [weighted_means(one, seeds, prompts) for one in matrices]
+
+
+def weighted_means(
+    matrix: Float[np.ndarray, "s p"], seeds: Int[np.ndarray, "b s"], prompts: Int[np.ndarray, "b p"]
+) -> Float[np.ndarray, " b"]:
+    """The mean of a matrix in each resample, whose counts are `seeds` and `prompts`.
+
+    Sums run over whole numbers wherever the values are shares of a few draws or decimals, and never through BLAS, so
+    that every machine gives the same bits.
+    """
+    whole, scale = _whole(matrix)
+    sums = np.einsum("bp,bp->b", np.einsum("bs,sp->bp", seeds, whole), prompts)
+    return sums / (scale * seeds.sum(1) * prompts.sum(1))
 
 
 def resample_counts(

@@ -20,8 +20,8 @@ import torch
 
 from helpers.config import Profile, profile
 from helpers.experiments.methods import METHODS, Run
-from helpers.experiments.records import ATTACKED, RESULTS, load
-from helpers.experiments.runner import Progress, look, said_by
+from helpers.experiments.records import ATTACKED, RESULTS, digests, load
+from helpers.experiments.runner import Progress, look, said_by, source_of
 from helpers.finetune.data import poisoned_mix
 from helpers.finetune.projected_lora import load_adapter
 from helpers.finetune.train import TrainConfig, train
@@ -82,5 +82,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress = Progress(len(names))
     for name in names:
         found = attacked(p, name, records[name].chosen)
-        write_json(args.results / ATTACKED / f"{METHODS[name].slug}.json", {"method": name} | found)
+        write_json(args.results / ATTACKED / f"{METHODS[name].slug}.json",
+                   {"method": name, "prompts": digests(**source_of(p))} | found)
         progress.step(name)

@@ -25,7 +25,7 @@ from helpers.config import Profile
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.evaluate.measure import measure
 from helpers.experiments.methods import EVERY, Method, Run, update_norm
-from helpers.experiments.records import N_TASKS, Arm
+from helpers.experiments.records import N_TASKS, Arm, digests
 from helpers.experiments.steering import bits
 from helpers.finetune.diagnose import drift
 from helpers.finetune.train import TrainConfig
@@ -125,14 +125,15 @@ def source_of(p: Profile) -> dict[str, Any]:
 def about(p: Profile) -> dict[str, Any]:
     """What every file says of the run it is of: weights, numbers and prompts."""
     return {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
-            "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, **source_of(p)}  # fmt: skip
+            "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, **source_of(p),
+            "prompts": digests(**source_of(p))}  # fmt: skip
 
 
 def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether a method's file is there and of these weights, numbers and prompts."""
     file = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found = {"source": "organism", "n_prompts": None} | file
-    names = ("weights", "config", "n_tasks", "source", "n_prompts")
+    names = ("weights", "config", "n_tasks", "source", "n_prompts", "prompts")
     return all(found.get(name) == plain(wanted[name]) for name in names)
 
 

@@ -38,7 +38,7 @@ from helpers.heads.ablation import Head, all_rows, layer_matched_heads, require_
 from helpers.heads.overlap import Others, Scores, Unit, excess_overlap, overlap_test, reliability, top_heads, top_units
 from helpers.heads.scores import hallucination_scores, refusal_scores
 from helpers.models import LoadedModel, load_model
-from helpers.outcomes import beyond, gain, mean_control
+from helpers.outcomes import beyond, digests, gain, mean_control
 from helpers.prompts import Prompts, misconceptions, prompts, requests, some
 from helpers.stats import Interval, bootstrap_grid, paired_bootstrap
 from helpers.steering.iti import Iti, without_heads
@@ -277,6 +277,11 @@ class Rows:
         return cls(some(misconceptions("fit"), n), some(requests("harmful", "fit", p.n_prompts), n),
                    prompts("val", p.n_prompts), prompts("test", p.n_prompts))  # fmt: skip
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """{set: digest of its test rows}: what every file says of the prompts it is of."""
+        return digests(vars(self.test))
+
 
 def bits(seen: Behaviour) -> dict[str, str]:
     """One character per prompt and kept measure, "1" for yes."""
@@ -315,7 +320,7 @@ def run(p: Profile, choices: Sequence[Choice]) -> dict[str, Any]:
     found = {one.value: cached_json("shared-heads", key | {"choice": one}, partial(run_choice, lm, scores, rows, one,
                                                                                    size)) for one in choices}
     made = {"model": p.model, "weights": fingerprint(p.model), "code_version": code_version(__name__)}
-    return made | {"seconds": round(time.perf_counter() - began), "choices": found}
+    return made | {"seconds": round(time.perf_counter() - began), "choices": found, "prompts": rows.digests}
 
 
 def effect_of(kept: Mapping[str, Any]) -> Causal:

@@ -20,28 +20,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from helpers import outcomes
 from helpers.config import Profile, artifacts_dir, locate
 from helpers.experiments.finetuning import OnVal, compare
 from helpers.experiments.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED, subspace
 from helpers.experiments.records import (
     ATTACKED,
     MEASURES,
-    N_TASKS,
     RESULTS,
     Arm,
     Record,
     asked,
     difference,
+    digests,
     gain_ratio,
     load,
     share,
-    share_of,
 )
 from helpers.experiments.rules import Constrained, FineTuned
 from helpers.experiments.runner import Job, about, arms_of, look, same_run
 from helpers.models import LoadedModel
-from helpers.prompts import tasks
-from helpers.stats import Interval, bootstrap_grid
+from helpers.outcomes import require_same_rows, spread
+from helpers.stats import Interval
 from helpers.store import fingerprint
 
 
@@ -50,8 +50,8 @@ def by_task(records: Mapping[str, Record]) -> list[dict[str, Any]]:
     resampled. Story: notebooks/06_orthogonal_finetuning.
     """
     arm = next(iter(records.values())).arms[0]
-    of = np.array([row["task"] for row in tasks("test", N_TASKS, arm.source)])
-    return [{"method": name} | {task: bootstrap_grid(record.matrix("utility")[:, of == task]) for task in np.unique(of)}
+    of = np.array([row["task"] for row in asked("test", arm.source, arm.n_prompts)["tasks"]])
+    return [{"method": name} | {task: spread(record.outcome("utility").where(of == task)) for task in np.unique(of)}
             for name, record in records.items() if record.chosen is not None]  # fmt: skip
 
 
@@ -89,10 +89,11 @@ def attacks(folder: Path = RESULTS, measure: str = "refused_unseen") -> list[dic
     rows = []
     for path in sorted(Path(folder).glob(f"{ATTACKED}/*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
+        require_same_rows(found.get("prompts"), digests(), path)
         row: dict[str, Any] = {"method": found["method"]}
         for steps in sorted(found["bits"], key=int):
             arm = Arm(found["setting"], found["poison"], 0, {"test": found["bits"][steps]})
-            row[f"after {steps} steps"] = share_of(arm.values(measure)[None], asked("test")[1][measure])
+            row[f"after {steps} steps"] = outcomes.share(arm.outcome(measure))
         rows.append(row)
     return rows
 
@@ -200,9 +201,8 @@ def alike(arm: Arm, record: Record) -> float:
 
 def rates(found: Evidence, measures: Sequence[str], poison: float = 0.0) -> dict[str, dict[str, Interval]]:
     """{model: {measure in words: its share}} of `found.main`; measures without a prompt are left out."""
-    rows = {name: (record, 0.0 if name == UNTUNED else poison) for name, record in found.main.items()}
-    return {name: {MEASURES[m]: share(record, m, at) for m in measures if record.matrix(m, at).size}
-            for name, (record, at) in rows.items()}  # fmt: skip
+    return {name: {MEASURES[m]: share(record, m, poison) for m in measures if record.matrix(m, poison).size}
+            for name, record in found.main.items()}  # fmt: skip
 
 
 def gap(found: Evidence, name: str, measure: str, other: str = UNTUNED, poison: float = 0.0) -> Interval:
