@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from helpers.stats import Interval, bootstrap_grid, paired_bootstrap, ratio_grid, t_interval, wilson_clustered
+from helpers.stats import Interval, bootstrap_grid, ratio_grid, t_interval, wilson
 
 INTERVALS = ("bootstrap", "t")
 """Over seeds and clusters, drawn crosswise; or Student's t over the means of the seeds, for the prompts as they are."""
@@ -80,8 +80,8 @@ class Outcome:
 
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.seeds), len(self.rows)):
-            raise ValueError(f"{self.measure!r} has values of shape {self.values.shape} for {len(self.seeds)} seeds and "
-                             f"{len(self.rows)} rows.")  # fmt: skip
+            raise ValueError(f"{self.measure!r} has values of shape {self.values.shape} for {len(self.seeds)} seeds "
+                             f"and {len(self.rows)} rows.")  # fmt: skip
 
     @classmethod
     def once(cls, measure: str, values: Any, rows: Rows) -> Outcome:
@@ -148,10 +148,12 @@ def spread(outcome: Outcome, interval: str = "bootstrap") -> Interval:
     return bootstrap_grid(outcome.values, clusters=outcome.rows.clusters, models=outcome.models)
 
 
-def share(outcome: Outcome) -> Interval:
+def share(outcome: Outcome, interval: str = "bootstrap") -> Interval:
     """Share of yes; where all answers are alike, which leaves nothing to resample, Wilson's interval over clusters."""
-    alike = outcome.values.min() == outcome.values.max() and len(set(outcome.rows.clusters)) > 1
-    return wilson_clustered(outcome.values[0], outcome.rows.clusters) if alike else spread(outcome)
+    values, n = set(np.unique(outcome.values)), len(set(outcome.rows.clusters))
+    if interval != "bootstrap" or len(values) != 1 or not values <= {0.0, 1.0}:
+        return spread(outcome, interval)
+    return replace(wilson(n * int(values.pop()), n), n=len(outcome.rows))
 
 
 def difference(a: Outcome, b: Outcome, interval: str = "bootstrap") -> Interval:
@@ -179,20 +181,3 @@ def require_same_rows(kept: Mapping[str, str] | None, asked: Mapping[str, str], 
         raise ValueError(f"The results in {where} are of other prompts than those asked about ({', '.join(other)}): "
                          "measure these prompts again, or read the results with the tables they were made with.")
 
-
-def gain(after: Any, before: Any, measured: str) -> Interval:
-    """Paired change of one measure on the same prompts."""
-    return paired_bootstrap(getattr(after, measured), getattr(before, measured))
-
-
-def mean_control(controls: Sequence[Any], plain: Any, measured: str) -> Interval:
-    """Paired change under the controls against no intervention, prompts and control seeds both resampled."""
-    return bootstrap_grid(np.stack([getattr(control, measured) for control in controls]) - getattr(plain, measured))
-
-
-def beyond(after: Any, controls: Sequence[Any], measured: str) -> Interval:
-    """Paired difference to the controls, with prompts and control seeds both resampled."""
-    if not controls:
-        raise ValueError("No control was given: steer along at least one random direction.")
-    others = np.stack([getattr(control, measured) for control in controls])
-    return bootstrap_grid(getattr(after, measured)[None] - others)

@@ -13,9 +13,9 @@ from helpers.evaluate.llm_judges import set_endpoint
 from helpers.evaluate.truth import free_answers, option_accuracy
 from helpers.generation import Completion
 from helpers.models import LoadedModel
-from helpers.outcomes import Outcome, Rows
+from helpers.outcomes import Outcome, Rows, share
 from helpers.prompts import KINDS, Prompts
-from helpers.stats import Interval, wilson
+from helpers.stats import Interval
 
 MEASURES = {
     "truthful": "truthful on misconceptions",
@@ -94,9 +94,8 @@ class Behaviour:
         return float(min(part.mean() for part in np.split(self.coherent, [facts, facts + harmful])))
 
     def rate(self, measured: str) -> Interval:
-        """Share of yes with Wilson's interval; errors as in `outcome`."""
-        values = self.outcome(measured).values[0]
-        return wilson(int(values.sum()), len(values))
+        """Share of yes, prompts of one verb or name resampled together; errors as in `outcome`."""
+        return share(self.outcome(measured))
 
     def summary(self) -> dict[str, Interval]:
         """{measure in words: share with its interval}, of everything that was measured."""

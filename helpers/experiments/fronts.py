@@ -108,7 +108,8 @@ def _data(share: float) -> str:
 
 def _shares(records: Sequence[Record], poison: float, n_boot: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
-    kept, learned = ([record.outcome(measure, poison) for record in records] for measure in ("refused_unseen", "utility"))
+    kept, learned = ([record.outcome(measure, poison) for record in records]
+                     for measure in ("refused_unseen", "utility"))
     items = [resample_counts(rng, n_boot, len(one.rows), one.rows.clusters) for one in (kept[0], learned[0])]
     seeds = {n: resample_counts(rng, n_boot, n) for n in sorted({len(one.seeds) for one in kept})}
     y, x = (np.stack([weighted_means(one.values, seeds[len(one.seeds)], drawn) for one in some])

@@ -21,7 +21,7 @@ from helpers import outcomes
 from helpers.config import ROOT
 from helpers.evaluate.measure import SETS
 from helpers.experiments.rules import Constrained, FineTuned
-from helpers.outcomes import INTERVALS, Outcome, Rows, paired, require_same_rows, spread
+from helpers.outcomes import INTERVALS, Outcome, Rows, paired, require_same_rows
 from helpers.prompts import prompts, tasks
 from helpers.stats import Interval
 
@@ -339,7 +339,7 @@ def seeds_in_common(a: Outcome, b: Outcome) -> int:
 def tuned(lora: Record, untuned: Record, view: View, setting: float | None = None) -> FineTuned:
     """What the rule for C6 takes of one method: the fall of refusal, and benign compliance after it."""
     kept = view.of(lora, setting, "benign_complied")
-    return FineTuned(view.more(untuned, lora, None, setting), spread(kept, view.interval))
+    return FineTuned(view.more(untuned, lora, None, setting), outcomes.share(kept, view.interval))
 
 
 def constrained(ours: Record, random: Record, lora: Record, untuned: Record, view: View, *,

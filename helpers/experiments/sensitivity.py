@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 
 from helpers.config import Profile
-from helpers.evaluate.measure import Behaviour
 from helpers.experiments import records as stored
 from helpers.experiments import steering_choices
 from helpers.experiments.claims import VERDICTS, estimates
@@ -93,13 +92,9 @@ def cause_variants(cause: CausalTest, n_heads: int) -> list[Variant]:
 
     `n_heads` shared heads, 0 where the two sets share none. Story: notebooks/02_overlapping_neurons.
     """
-    plain, after, *controls = (_by_answers(one) for one in (cause.plain, cause.after, *cause.controls))
-    effect = causal([(0, 0)] * n_heads, cause.effect.coherence, plain, after, controls)
+    effect = causal([(0, 0)] * n_heads, cause.effect.coherence, cause.plain, cause.after, cause.controls, "unanswered")
     return [Variant.ruled("judge", "answered, not merely unrefused", effect.refusal_cut, c5(effect))]
 
-
-def _by_answers(seen: Behaviour) -> Behaviour:
-    return replace(seen, refused=1.0 - seen.answered)
 
 METHODS = {"C1": "ITI", "C2": "TruthX", "C3": "rank-1"}
 Rule = Callable[[TradeOff, Records], Verdict]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from helpers.config import COUPLINGS, Profile, profile
 from helpers.evaluate.measure import SETS
 from helpers.experiments.rules import Dial, TradeOff
 from helpers.experiments.steering import RESULTS, Asked, run
-from helpers.outcomes import Outcome, Rows, difference, require_same_rows, spread
+from helpers.outcomes import Outcome, Rows, difference, require_same_rows, share
 from helpers.stats import Interval
 
 Who = tuple[str, int]
@@ -122,8 +122,7 @@ def asked() -> Asked:
 
 @cache
 def _rows(measured: str) -> Rows:
-    rows = Rows.of(*(asked().sets[name] for name in SHARED[measured]))
-    return replace(rows, clusters=tuple(f"{i:04}" for i in range(len(rows)))) if measured == "coherent" else rows
+    return Rows.of(*(asked().sets[name] for name in SHARED[measured]))
 
 
 def unseen() -> np.ndarray:
@@ -154,7 +153,7 @@ def lost_along(records: Records) -> Interval:
 def curve(records: Records, method: str, measured: str) -> dict[float, Interval]:
     """{strength: share}, no steering (0) included, models and prompts resampled."""
     strengths = sorted({float(s) for record in records.of.values() for s in record["methods"][method]["test"]} | {0.0})
-    return {s: spread(records.outcome(measured, method if s else None, s)) for s in strengths}
+    return {s: share(records.outcome(measured, method if s else None, s)) for s in strengths}
 
 
 def trade_off(records: Records, method: str, at: str = "chosen") -> TradeOff:

@@ -30,13 +30,15 @@ from helpers.experiments.records import (
     RESULTS,
     Arm,
     Record,
+    View,
     asked,
     difference,
     digests,
-    gain_ratio,
     load,
     share,
+    tuned,
 )
+from helpers.experiments.records import constrained as eighth
 from helpers.experiments.rules import Constrained, FineTuned
 from helpers.experiments.runner import Job, about, arms_of, look, same_run
 from helpers.models import LoadedModel
@@ -217,20 +219,13 @@ def fall(found: Evidence, measure: str = "refused", poison: float = 0.0) -> Inte
 
 def fine_tuned(found: Evidence) -> FineTuned:
     """What the rule for C6 takes: benign plain LoRA's fall of refusal, and benign compliance after it."""
-    return FineTuned(fall(found), share(found.records[LORA], "benign_complied"))
+    return tuned(found.records[LORA], found.records[UNTUNED], View())
 
 
 def constrained(found: Evidence, poison: float = 0.0) -> Constrained:
     """What the rule for C8 takes: the paper's method against plain LoRA and random subspaces of equal rank."""
-    ours, main = found.protected, found.main
-    return Constrained(
-        lora_drop=fall(found, poison=poison),
-        lora_gain=gap(found, LORA, "utility", poison=poison),
-        refusal_over_lora=gap(found, ours, "refused", LORA, poison),
-        refusal_over_random=gap(found, ours, "refused", EQUAL, poison),
-        utility_ratio=gain_ratio(main[ours], main[LORA], main[UNTUNED], poison).estimate,
-        hallucination_rise=gap(found, ours, "wrong", poison=poison),
-    )
+    ours, random, lora, untuned = (found.main[name] for name in (found.protected, EQUAL, LORA, UNTUNED))
+    return eighth(ours, random, lora, untuned, View(poison=poison))
 
 
 def siblings(p: Profile) -> dict[str, Interval]:
