@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats as scipy_stats
 from scipy.optimize import elementwise
 from sklearn.metrics import cohen_kappa_score
@@ -89,15 +89,13 @@ def bootstrap(
 
     `clusters` [n] names what each item belongs to; whole clusters are resampled then, for items that move together.
     """
-    if clusters is not None:
-        x, totals, sizes = _clustered(values, clusters)
-        weights = _resample_weights(np.random.default_rng(seed), n_boot, len(sizes))
-        return _percentile(x.mean(), (weights @ totals) / (weights @ sizes), len(x), level)
     x = _vector(values, "values")
-    rng = np.random.default_rng(seed)
+    if clusters is not None:
+        return bootstrap_grid(x[None], n_boot, seed, level, clusters)
+    rng, (whole, scale) = np.random.default_rng(seed), _whole(x)
     chunks = np.array_split(np.arange(n_boot), 1 + n_boot * len(x) // 4_000_000)  # a few tens of megabytes at a time
-    means = np.concatenate([x[rng.integers(len(x), size=(len(c), len(x)))].mean(1) for c in chunks])
-    return _percentile(x.mean(), means, len(x), level)
+    sums = np.concatenate([whole[rng.integers(len(x), size=(len(c), len(x)))].sum(1) for c in chunks])
+    return _percentile(x.mean(), sums / (scale * len(x)), len(x), level)
 
 
 def paired_bootstrap(
@@ -111,27 +109,81 @@ def paired_bootstrap(
 
 
 def bootstrap_grid(
-    matrix: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.95, clusters: Clusters = None
+    matrix: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.95, clusters: Clusters = None,
+    models: Clusters = None,
 ) -> Interval:
     """Mean of [n_seeds, n_prompts] with seeds and prompts resampled crosswise (the pigeonhole bootstrap, Owen 2007).
 
-    `clusters` [n_prompts] as in bootstrap. For a paired difference pass the difference of two such matrices. n counts
-    the prompts. The spread of very few seeds is known badly and the interval optimistic: report n_seeds beside it.
+    `clusters` [n_prompts] as in bootstrap; `models` [n_seeds] names the model of each seed: models are resampled then,
+    and each one's seeds within it. For a paired difference pass the difference of two such matrices. n counts the
+    prompts. The spread of very few seeds is known badly and the interval optimistic: report n_seeds beside it.
     """
     x = _finite(matrix, "matrix")
-    if x.ndim != 2 or x.size == 0:
-        raise ValueError(f"The matrix must be [n_seeds, n_prompts] and not empty, not of shape {x.shape}.")
+    (means,) = grid_draws([x], n_boot, seed, clusters, models)
+    return _percentile(x.mean(), means, x.shape[1], level)
+
+
+def ratio_grid(
+    top: Any, bottom: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.95, clusters: Clusters = None,
+    models: Clusters = None,
+) -> Interval:
+    """Sum of `top` over the sum of `bottom` (both [n_seeds, n_prompts]), one resample for both, as in bootstrap_grid.
+
+    A denominator at or below zero counts as barely above it.
+    """
+    x, y = _finite(top, "numerator"), _finite(bottom, "denominator")
+    a, b = grid_draws([x, y], n_boot, seed, clusters, models)
+    return _percentile(x.sum() / max(y.sum(), 1e-9), a / np.maximum(b, 1e-9), x.shape[1], level)
+
+
+def grid_draws(
+    matrices: Sequence[np.ndarray], n_boot: int = 2000, seed: int = 0, clusters: Clusters = None,
+    models: Clusters = None,
+) -> list[Float[np.ndarray, " n_boot"]]:
+    """The bootstrap means of matrices [n_seeds, n_prompts] of one shape, resampled alike, as in bootstrap_grid."""
+    shape = np.shape(matrices[0])
+    if len(shape) != 2 or 0 in shape or any(np.shape(one) != shape for one in matrices):
+        raise ValueError(f"The matrix must be [n_seeds, n_prompts] and not empty, not of shape {shape}.")
     rng = np.random.default_rng(seed)
-    n_seeds, n_prompts = x.shape
-    seeds = _resample_weights(rng, n_boot, n_seeds)
-    if clusters is None:
-        prompts = _resample_weights(rng, n_boot, n_prompts)
-    else:
-        _, which, sizes = np.unique(_labels(clusters, n_prompts), return_inverse=True, return_counts=True)
-        drawn = _resample_weights(rng, n_boot, len(sizes))
-        prompts = drawn[:, which] / (drawn @ sizes)[:, None]
-    means = np.einsum("bs,sp,bp->b", seeds, x, prompts, optimize=True)
-    return _percentile(x.mean(), means, n_prompts, level)
+    seeds = _seed_counts(rng, n_boot, shape[0], models)
+    prompts = resample_counts(rng, n_boot, shape[1], clusters)
+    return [weighted_means(one, seeds, prompts) for one in matrices]
+
+
+def weighted_means(
+    matrix: Float[np.ndarray, "s p"], seeds: Int[np.ndarray, "b s"], prompts: Int[np.ndarray, "b p"]
+) -> Float[np.ndarray, " b"]:
+    """The mean of a matrix in each resample, whose counts are `seeds` and `prompts`.
+
+    Sums run over whole numbers wherever the values are shares of a few draws or decimals, and never through BLAS, so
+    that every machine gives the same bits.
+    """
+    whole, scale = _whole(matrix)
+    sums = np.einsum("bp,bp->b", np.einsum("bs,sp->bp", seeds, whole), prompts)
+    return sums / (scale * seeds.sum(1) * prompts.sum(1))
+
+
+def resample_counts(
+    rng: np.random.Generator, n_boot: int, n: int, clusters: Clusters = None
+) -> Int[np.ndarray, "n_boot n"]:
+    """How often each of n items is drawn in each resample, whole `clusters` [n] together: the house's one such draw."""
+    which = np.arange(n) if clusters is None else np.unique(_labels(clusters, n), return_inverse=True)[1]
+    m = int(which.max()) + 1
+    return rng.multinomial(m, np.full(m, 1 / m), size=n_boot)[:, which]
+
+
+def t_interval(means: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean of one value per seed [n] with Student's (1908) t interval of n − 1 degrees of freedom; n counts the seeds.
+
+    The bootstrap over few seeds is too narrow (of five, by about a third); this is not, if the seeds' means are about
+    normal, but it says nothing about other prompts. ValueError for fewer than two seeds.
+    Story: notebooks/07_claims.
+    """
+    x = np.asarray(means, dtype=float)
+    if x.ndim != 1 or len(x) < 2:
+        raise ValueError("An interval over seeds needs the means of at least two of them: train more seeds.")
+    half = scipy_stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x))
 
 
 def auroc(pos: Any, neg: Any, level: float = 0.95) -> Interval:
@@ -264,8 +316,25 @@ def _percentile(estimate: float, draws: np.ndarray, n: int, level: float) -> Int
     return Interval(float(estimate), float(low), float(high), int(n))
 
 
-def _resample_weights(rng: np.random.Generator, n_boot: int, n: int) -> np.ndarray:
-    return rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n
+def _seed_counts(rng: np.random.Generator, n_boot: int, n: int, models: Clusters) -> np.ndarray:
+    """How often each seed counts in each resample: of one model as drawn, of several each model's seeds within it."""
+    if models is None:
+        return resample_counts(rng, n_boot, n)
+    _, which, sizes = np.unique(_labels(models, n), return_inverse=True, return_counts=True)
+    drawn, counts = resample_counts(rng, n_boot, len(sizes)), np.zeros((n_boot, n), dtype=np.int64)
+    for i, size in enumerate(sizes):  # every model weighs alike, however many seeds it has
+        weight = math.lcm(*sizes.tolist()) // int(size)
+        counts[:, which == i] = weight * rng.multinomial(drawn[:, i] * size, np.full(size, 1 / size))
+    return counts
+
+
+def _whole(x: np.ndarray) -> tuple[np.ndarray, int]:
+    """(whole numbers, what to divide them by) where x are shares of a few draws or decimals, else (x, 1)."""
+    for scale in (*range(1, 13), 1000, 3000):
+        whole = np.rint(x * scale)
+        if np.abs(whole - x * scale).max() <= 1e-12 * np.abs(whole).max():
+            return whole, scale
+    return x, 1
 
 
 def _head_set(selected: Any, n_layers: int, n_heads: int) -> set[tuple[int, int]]:

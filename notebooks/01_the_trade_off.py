@@ -346,7 +346,7 @@ for m in kept:
 
 # %%
 from helpers.config import COUPLINGS
-from helpers.experiments.steering_records import beyond, over, shifts
+from helpers.experiments.steering_records import beyond, shifts
 
 kinds = [name for name in COUPLINGS if any(c == name for c, _ in records.of)]
 groups = {"harmful": "harmful requests", "benign": "benign requests"}
@@ -389,11 +389,10 @@ report.table([{"coupling": c, "seed": s, **{f"{m}, nats": by_model[m].get((c, s)
 
 # %%
 from helpers.experiments.rules import c1, c2, c3
-from helpers.experiments.steering_records import trade_off
+from helpers.experiments.steering_records import lost_along, trade_off
 
 found = {m: trade_off(mine, m) for m in methods}
-fall = over("truthful", mine.values("truthful") - mine.values("truthful", "rank-1", "against"))
-verdicts = {"C1": c1(found["ITI"]), "C2": c2(found["TruthX"]), "C3": c3(found["rank-1"], fall)}
+verdicts = {"C1": c1(found["ITI"]), "C2": c2(found["TruthX"]), "C3": c3(found["rank-1"], lost_along(mine))}
 print("\n".join(f"{id} {verdict}" for id, verdict in verdicts.items()))
 
 

@@ -383,7 +383,6 @@ report.check("neurons.slope_refusal", checked["refusal"].slope.estimate, atol=0.
 
 # %%
 from helpers.experiments.shared_heads import causal_test
-from helpers.heads.ablation import cut
 from helpers.heads.overlap import top_heads
 
 shared = list(top.shared) or top_heads(refusal.mean(0), 1)  # none shared: C5 is untested
@@ -393,10 +392,7 @@ cause = causal_test(lm, shared, test, chosen_on=some_facts + some_harmful, val=v
 print(f"{len(top.shared)} shared heads {list(top.shared)}, their z multiplied by {cause.factor}.")
 
 # %%
-from helpers.outcomes import gain, mean_control
-
-compared = {"shared heads": lambda m: gain(cause.after, cause.plain, m),
-            "random heads, same layers": lambda m: mean_control(cause.controls, cause.plain, m)}
+compared = {"shared heads": cause.change, "random heads, same layers": cause.chance_change}
 shown = {"wrong": "wrong answers", "refused": "harmful refused", "answered": "harmful answered",
          "benign_complied": "benign complied"}
 report.bars({words: {name: made(m) for name, made in compared.items()} for m, words in shown.items()},
@@ -410,8 +406,8 @@ from helpers.experiments.rules import c5
 from helpers.report.phrases import change
 
 effect = replace(cause.effect, n_heads=len(top.shared))
-print(change("The share of wrong answers", gain(cause.after, cause.plain, "wrong")) + ".")
-print(change("Refusal of harmful requests", gain(cause.after, cause.plain, "refused")) + ".")
+print(change("The share of wrong answers", cause.change("wrong")) + ".")
+print(change("Refusal of harmful requests", cause.change("refused")) + ".")
 print(f"C5 {c5(effect)}")
 
 # %% [markdown]
@@ -435,7 +431,7 @@ print(f"{same} of {len(choices)} other choices give the verdict above.")
 details = {"factor": cause.factor, "heads": shared, "hallucination_cut": effect.hallucination_cut.as_dict(),
            "hallucination_beyond_random": effect.hallucination_beyond_random.as_dict(),
            "variants": [one.as_dict() for one in choices]}
-control_cut = ("random heads of the same layers", cut(cause.plain, cause.controls, "refused"))
+control_cut = ("random heads of the same layers", cause.chance_fall("refused"))
 saved = claims.claim(
     "C5", estimate=effect.refusal_cut, control=control_cut, verdict=c5(effect),
     unit="fall in share of harmful requests refused", n_prompts=len(test.harmful), n_seeds=1,

@@ -13,7 +13,7 @@ from helpers.evaluate.judges import expected, judge, prefix_judge, prompt_of, re
 from helpers.evaluate.llm_judges import set_endpoint, strongreject
 from helpers.generation import Completion
 from helpers.models import LoadedModel
-from helpers.stats import Interval, cohen_kappa
+from helpers.stats import Interval, cohen_kappa, resample_counts
 
 Labels = Mapping[str, Sequence[Hashable]]
 
@@ -55,8 +55,7 @@ def agreement(labels: Labels, *, n_boot: int = 2000, seed: int = 0, level: float
     which = np.arange(n) if clusters is None else np.unique([str(one) for one in clusters], return_inverse=True)[1]
     if len(which) != n:
         raise ValueError(f"Every completion needs its cluster: there are {n} completions and {len(which)} clusters.")
-    weights = np.random.default_rng(seed).multinomial(which.max() + 1, np.full(which.max() + 1, 1 / (which.max() + 1)),
-                                                      size=n_boot)
+    weights = resample_counts(np.random.default_rng(seed), n_boot, int(which.max()) + 1)
     return [_agreement(pair, labels, which, weights, level) for pair in combinations(labels, 2)]
 
 

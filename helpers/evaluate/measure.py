@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,8 +13,9 @@ from helpers.evaluate.llm_judges import set_endpoint
 from helpers.evaluate.truth import free_answers, option_accuracy
 from helpers.generation import Completion
 from helpers.models import LoadedModel
+from helpers.outcomes import Outcome, Rows, share
 from helpers.prompts import KINDS, Prompts
-from helpers.stats import Interval, wilson
+from helpers.stats import Interval
 
 MEASURES = {
     "truthful": "truthful on misconceptions",
@@ -24,6 +25,16 @@ MEASURES = {
     "look_alike_complied": "look-alikes complied",
     "coherent": "coherent",
 }
+SETS = {
+    **dict.fromkeys(("truthful", "wrong", "declined", "informative"), ("facts",)),
+    **dict.fromkeys(("refused", "answered", "unanswered"), ("harmful",)),
+    **dict.fromkeys(("benign_complied", "benign_refused"), ("benign",)),
+    "look_alike_complied": ("look_alike",),
+    "coherent": ("facts", *KINDS),
+    "abstained": ("unknown",),
+    "utility": ("tasks",),
+}
+"""The sets of prompts that each measure is taken on."""
 FURTHER = {
     "informative": "informative on misconceptions",
     "abstained": "abstained on unknown entities",
@@ -37,8 +48,8 @@ class Behaviour:
 
     On misconceptions: `truthful`, `wrong` (the myth or another value), `declined`. On harmful requests: `refused` and
     `answered` (their mean is the attack success rate). On benign requests and look-alikes: complied, and refused.
-    `coherent` covers all these rows in that order; `texts` holds the completions of each set. `abstained` (on unknown
-    entities) and `utility` (task rows answered rightly) are empty where they were not measured.
+    `coherent` covers all these rows in that order; `texts` holds the completions of each set, `sets` its rows.
+    `abstained` (on unknown entities) and `utility` (task rows answered rightly) are empty where they were not measured.
     """
 
     truthful: Float[np.ndarray, " facts"]
@@ -53,6 +64,20 @@ class Behaviour:
     texts: dict[str, list[Completion]]
     abstained: Float[np.ndarray, " unknown"] = field(default_factory=lambda: np.zeros(0))
     utility: Float[np.ndarray, " tasks"] = field(default_factory=lambda: np.zeros(0))
+    sets: Mapping[str, Sequence[dict]] = field(default_factory=dict, repr=False)
+
+    def outcome(self, measured: str) -> Outcome:
+        """One measure on its rows; ValueError for one that does not exist, or was not taken."""
+        if measured not in SETS:
+            raise ValueError(f"There is no measure {measured!r}; the measures are {', '.join(MEASURES | FURTHER)}.")
+        if not len(values := getattr(self, measured)):
+            raise ValueError(f"{measured!r} was not measured: give `measure` its rows (`unknown`, or `tasks`).")
+        return Outcome.once(measured, values, Rows.of(*(self.sets[name] for name in SETS[measured])))
+
+    @property
+    def unanswered(self) -> Float[np.ndarray, " harmful"]:
+        """1.0 where a harmful request got no answer, whether it was refused or met with gibberish."""
+        return 1.0 - self.answered
 
     @property
     def informative(self) -> Float[np.ndarray, " facts"]:
@@ -69,13 +94,8 @@ class Behaviour:
         return float(min(part.mean() for part in np.split(self.coherent, [facts, facts + harmful])))
 
     def rate(self, measured: str) -> Interval:
-        """Share of yes with Wilson's interval; ValueError for a measure that does not exist or was not taken."""
-        values = getattr(self, measured, None)
-        if not isinstance(values, np.ndarray):
-            raise ValueError(f"There is no measure {measured!r}; the measures are {', '.join(MEASURES | FURTHER)}.")
-        if not len(values):
-            raise ValueError(f"{measured!r} was not measured: give `measure` its rows (`unknown`, or `tasks`).")
-        return wilson(int(values.sum()), len(values))
+        """Share of yes, prompts of one verb or name resampled together; errors as in `outcome`."""
+        return share(self.outcome(measured))
 
     def summary(self) -> dict[str, Interval]:
         """{measure in words: share with its interval}, of everything that was measured."""
@@ -106,4 +126,5 @@ def measure(lm: LoadedModel, rows: Prompts, *, tasks: Sequence[dict] = (), max_n
         texts={"facts": answers.completions, "harmful": harmful.completions, "benign": benign.completions,
                "look_alike": look_alike.completions, "unknown": unknown.completions},
         abstained=unknown.is_("abstained"),
-        utility=option_accuracy(lm, tasks, batch_size=batch_size) if tasks else np.zeros(0))
+        utility=option_accuracy(lm, tasks, batch_size=batch_size) if tasks else np.zeros(0),
+        sets=vars(rows) | {"tasks": tasks})

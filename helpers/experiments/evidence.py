@@ -19,17 +19,14 @@ from helpers.experiments.methods import LORA, PAPER, RANDOM, RANDOM_LATENTS, UNT
 from helpers.experiments.records import (
     Record,
     View,
-    difference_in_view,
     in_seeds,
-    refusals,
     seeds_in_common,
-    t_interval,
 )
 from helpers.experiments.sensitivity import METHODS, by_rank
 from helpers.experiments.steering_records import Records, beyond, gain, load_records
 from helpers.report.phrases import change, compared
 from helpers.report.tables import cell
-from helpers.stats import Interval
+from helpers.stats import Interval, t_interval
 
 THEIRS, OURS = "the paper's reading", "our verdict"
 AGAINST, UNDECIDED, FOR, FLOOR = "against it", "undecided", "for it", "not counted: every arm is at the floor"
@@ -125,10 +122,8 @@ def _random_subspaces(records: Mapping[str, Record]) -> list[Evidence]:
         arms.append((drawn.chosen, drawn, "as many other latents of the same autoencoders, drawn at random among those "
                      "that move refusing at all"))
     for at, control, what in arms:
-        own, chance = refusals(ours, view, at), refusals(control, view)
-        if set(own) & set(chance):
-            n = seeds_in_common(own, chance, view)
-            more = difference_in_view(own, chance, view)
+        if n := len({*ours.seeds(0.0, at)} & {*control.seeds()}):
+            more = view.more(ours, control, at)
             found.append(Evidence(THEIRS, "C8", f"At equal rank {ours.rank(at):g} ({in_seeds(n)}), models kept off the "
                                   f"refusal latents refuse {_than(more)} on unseen verbs than models kept "
                                   f"off {what}.", more, side_of(more)))  # fmt: skip
@@ -194,14 +189,12 @@ def _own_c8(records: Mapping[str, Record], rows: Mapping[str, Mapping[str, Any]]
     found, view = [], View()
     ours, random, lora, untuned = (records[name] for name in (PAPER, RANDOM, LORA, UNTUNED))
     for rank, at in by_rank(ours).items():
-        own = refusals(ours, view, at)
-        more, n = difference_in_view(own, refusals(lora, view), view), seeds_in_common(own, refusals(lora, view), view)
+        more, n = view.more(ours, lora, at), seeds_in_common(view.of(ours, at), view.of(lora))
         if "C8" in rows and rows["C8"]["verdict"] == "not reproduced":
             found.append(Evidence(OURS, "C8", f"At rank {rank:g} ({in_seeds(n)}), all harmful prompts, models "
                                   f"kept off the refusal latents refuse {_than(more)} than plain LoRA.",
                                   more, _turned(side_of(more))))  # fmt: skip
-    answered = difference_in_view(refusals(untuned, View("answered")), refusals(lora, View("answered")), view)
-    fell = difference_in_view(refusals(untuned, view), refusals(lora, view), view)
+    answered, fell = View("unanswered").more(untuned, lora), view.more(untuned, lora)
     if "C6" in rows and rows["C6"]["verdict"] == "reproduced" and fell.estimate > 0:
         found.append(Evidence(OURS, "C6", f"Of the refusals that plain LoRA loses ({cell(fell)} of harmful prompts), "
                               f"{answered.estimate / fell.estimate:.0%} become answers; the rest are neither refusal "

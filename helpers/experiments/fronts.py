@@ -10,9 +10,9 @@ import numpy as np
 from helpers.experiments import records as stored
 from helpers.experiments.methods import LORA, UNTUNED
 from helpers.experiments.records import GAIN, MEASURES, Record
-from helpers.prompts import prompts
 from helpers.report.figures import Picture, front, non_dominated
 from helpers.report.tables import Table, table
+from helpers.stats import resample_counts, weighted_means
 
 KEPT = MEASURES["refused_unseen"]
 SURE = "not dominated, share of resamples"
@@ -107,19 +107,12 @@ def _data(share: float) -> str:
 
 def _shares(records: Sequence[Record], poison: float, n_boot: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
-    verbs = np.array([row["verb"] for row in prompts("test", None, "organism").harmful if not row["verb_seen"]])
-    _, which = np.unique(verbs, return_inverse=True)
-    by_verb = rng.multinomial(which.max() + 1, np.full(which.max() + 1, 1 / (which.max() + 1)), n_boot)[:, which]
-    shares = [0.0 if record.method == UNTUNED else poison for record in records]
-    kept = [record.matrix("refused_unseen", share) for record, share in zip(records, shares, strict=True)]
-    learned = [record.matrix("utility", share) for record, share in zip(records, shares, strict=True)]
-    n_tasks, seeds = learned[0].shape[1], {}
-    by_task = rng.multinomial(n_tasks, np.full(n_tasks, 1 / n_tasks), n_boot)
-    for n in sorted({len(one) for one in kept}):
-        seeds[n] = rng.multinomial(n, np.full(n, 1 / n), n_boot)
-    axes = [[np.einsum("bs,sp,bp->b", seeds[len(one)], one, items, optimize=True)
-             / (items.sum(1) * len(one)) for one in some] for some, items in ((learned, by_task), (kept, by_verb))]
-    x, y = (np.stack(one) for one in axes)
+    kept, learned = ([record.outcome(measure, poison) for record in records]
+                     for measure in ("refused_unseen", "utility"))
+    items = [resample_counts(rng, n_boot, len(one.rows), one.rows.clusters) for one in (kept[0], learned[0])]
+    seeds = {n: resample_counts(rng, n_boot, n) for n in sorted({len(one.seeds) for one in kept})}
+    y, x = (np.stack([weighted_means(one.values, seeds[len(one.seeds)], drawn) for one in some])
+            for some, drawn in zip((kept, learned), items, strict=True))
     beaten = ((x[None] >= x[:, None]) & (y[None] >= y[:, None]) & ((x[None] > x[:, None]) | (y[None] > y[:, None])))
     share = 1 - beaten.any(1).mean(-1)
     return {record.method: float(value) for record, value in zip(records, share, strict=True)}

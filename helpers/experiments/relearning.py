@@ -20,8 +20,9 @@ import torch
 from helpers.config import Profile, profile
 from helpers.experiments.methods import METHODS, Run
 from helpers.experiments.progress import Progress, one_sentence, said_by
-from helpers.experiments.records import ATTACKED, RESULTS, load
+from helpers.experiments.records import ATTACKED, RESULTS, digests, load
 from helpers.experiments.runner import look
+from helpers.experiments.tables import source_of
 from helpers.finetune.data import poisoned_mix
 from helpers.finetune.projected_lora import load_adapter
 from helpers.finetune.train import TrainConfig, train
@@ -82,6 +83,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress = Progress(len(names))
     with one_sentence():
         for name in names:
-            found = attacked(p, name, records[name].chosen)
-            write_json(args.results / ATTACKED / f"{METHODS[name].slug}.json", {"method": name} | found)
+            found = {"method": name, "prompts": digests(**source_of(p))} | attacked(p, name, records[name].chosen)
+            write_json(args.results / ATTACKED / f"{METHODS[name].slug}.json", found)
             progress.step(name)

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 
 from helpers.config import Profile
-from helpers.evaluate.measure import Behaviour
 from helpers.experiments import records as stored
 from helpers.experiments import steering_choices
 from helpers.experiments.claims import VERDICTS, estimates
@@ -38,19 +37,18 @@ from helpers.experiments.records import (
     Record,
     View,
     constrained,
-    difference_in_view,
     in_seeds,
     nearest,
-    refusals,
     seeds_in_common,
     tuned,
 )
 from helpers.experiments.rules import Disentangled, Overlap, TradeOff, Variant, Verdict, c1, c2, c3, c4, c5, c6, c7, c8
 from helpers.experiments.shared_heads import CausalTest, causal
 from helpers.experiments.steering_choices import CHOICES, under
-from helpers.experiments.steering_records import Records, load_records, over, trade_off
+from helpers.experiments.steering_records import Records, load_records, lost_along, trade_off
 from helpers.heads.overlap import Others, Scores, excess_overlap, overlap_test, reliability
 from helpers.models import LoadedModel
+from helpers.outcomes import Outcome, difference
 from helpers.report.figures import Picture, forest
 from helpers.report.phrases import change
 from helpers.report.tables import Table, table
@@ -94,21 +92,12 @@ def cause_variants(cause: CausalTest, n_heads: int) -> list[Variant]:
 
     `n_heads` shared heads, 0 where the two sets share none. Story: notebooks/02_overlapping_neurons.
     """
-    plain, after, *controls = (_by_answers(one) for one in (cause.plain, cause.after, *cause.controls))
-    effect = causal([(0, 0)] * n_heads, cause.effect.coherence, plain, after, controls)
+    effect = causal([(0, 0)] * n_heads, cause.effect.coherence, cause.plain, cause.after, cause.controls, "unanswered")
     return [Variant.ruled("judge", "answered, not merely unrefused", effect.refusal_cut, c5(effect))]
 
 
-def _by_answers(seen: Behaviour) -> Behaviour:
-    return replace(seen, refused=1.0 - seen.answered)
-
 METHODS = {"C1": "ITI", "C2": "TruthX", "C3": "rank-1"}
 Rule = Callable[[TradeOff, Records], Verdict]
-
-
-def lost_along(records: Records) -> object:
-    """Fall of truthfulness when the rank-1 direction is followed instead of opposed, as notebook 01 measures it."""
-    return over("truthful", records.values("truthful") - records.values("truthful", "rank-1", "against"))
 
 
 RULES: dict[str, Rule] = {
@@ -151,18 +140,18 @@ def steering_variants(id: str, records: Records, refitted: Records | None = None
 
 
 def _other_judge(base: TradeOff, records: Records, method: str, measure: str) -> TradeOff:
-    steered, chance = records.values(measure, method), records.controls(measure, method)
-    return replace(base, asr_gain=over(measure, records.values(measure) - steered),
-                   asr_beyond_random=over(measure, chance - steered))  # fmt: skip
+    steered = records.outcome(measure, method)
+    return replace(base, asr_gain=difference(records.outcome(measure), steered),
+                   asr_beyond_random=difference(records.controls(measure, method), steered))  # fmt: skip
 
 
 def _lenient(base: TradeOff, records: Records, method: str) -> TradeOff:
-    def silent(take: Callable[[str], np.ndarray]) -> np.ndarray:
-        return take("truthful") + take("declined")
+    def silent(take: Callable[[str], Outcome]) -> Outcome:
+        return replace(truthful := take("truthful"), values=truthful.values + take("declined").values)
 
-    steered = silent(lambda m: records.values(m, method))
-    return replace(base, truth_gain=over("truthful", steered - silent(records.values)),
-                   truth_beyond_random=over("truthful", steered - silent(lambda m: records.controls(m, method))))
+    steered, chance = (silent(lambda m, take=take: take(m, method)) for take in (records.outcome, records.controls))
+    return replace(base, truth_gain=difference(steered, silent(records.outcome)),
+                   truth_beyond_random=difference(steered, chance))
 
 FULL = "full fine-tuning"
 CONTROLS = {RANDOM, RANDOM_LATENTS}
@@ -182,7 +171,7 @@ def _views(record: Record) -> list[tuple[str, str, View]]:
 
 
 def _unit(view: View) -> str:
-    return "nats" if view.judge == "nats" else ""
+    return "nats" if view.judge == "refusal_log_odds" else ""
 
 
 def c6_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NONE) -> list[Variant]:
@@ -211,9 +200,9 @@ def control_rank(own: Record, random: Record, rank: float, view: View, setting: 
     """The rank nearest to `rank` at which random subspaces were trained with the view's poison, on a seed that `own`
     has (two for a t interval); None where there is none.
     """
-    have, ready = set(refusals(own, view, setting)), []
+    have, ready = set(own.seeds(view.poison, setting)), []
     for at in sorted({arm.setting for arm in random.arms}):
-        common = have & set(refusals(random, view, at))
+        common = have & set(random.seeds(view.poison, at))
         common = common if view.seeds is None else common & set(view.seeds)
         ready += [at] if len(common) > (view.interval == "t") else []
     return nearest(ready, rank) if ready else None
@@ -232,7 +221,7 @@ def c8_variants(records: Mapping[str, Record], others: Mapping[str, Record] = NO
     ours, lora = records[PAPER], records[LORA]
     found = [_eight(records, ours, choice, value, view) for choice, value, view in _views(ours)]
     for rank, at in by_rank(ours).items():
-        n = seeds_in_common(refusals(ours, View(), at), refusals(lora, View()), View())
+        n = seeds_in_common(View().of(ours, at), View().of(lora))
         found.append(_eight(records, ours, "rank", f"{rank:g}, {in_seeds(n)}", View(), at))
     for name in sorted(name for name in records if name.startswith("off ") and name not in CONTROLS | {PAPER}):
         if records[name].chosen is not None and (rank := records[name].rank()) is not None:
@@ -255,11 +244,9 @@ def _eight(records: Mapping[str, Record], own: Record, choice: str, value: str, 
     rank = own.rank(setting)
     at = control_rank(own, random, rank, view, setting)
     if at is None:
-        over = difference_in_view(refusals(own, view, setting), refusals(lora, view), view)
-        return Variant(choice, f"{value} (no random subspace)", over, unit=_unit(view))
+        return Variant(choice, f"{value} (no random subspace)", view.more(own, lora, setting), unit=_unit(view))
     one = constrained(own, random, lora, untuned, view, setting=setting, random_setting=at)
-    n, m = (seeds_in_common(refusals(own, view, setting), other, view)
-            for other in (refusals(lora, view), refusals(random, view, at)))  # fmt: skip
+    n, m = (seeds_in_common(view.of(own, setting), other) for other in (view.of(lora), view.of(random, at)))
     alike = (at, m) == (rank, n) and choice not in ("rank", "subspace")
     named = value if alike else f"{value} (random: {at:g}, {in_seeds(m)})"
     return Variant.ruled(choice, named, one.refusal_over_lora, c8(one), _unit(view))

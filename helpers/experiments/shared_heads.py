@@ -39,9 +39,9 @@ from helpers.heads.ablation import Head, all_rows, layer_matched_heads, require_
 from helpers.heads.overlap import Others, Scores, Unit, excess_overlap, overlap_test, reliability, top_heads, top_units
 from helpers.heads.scores import hallucination_scores, refusal_scores
 from helpers.models import LoadedModel, load_model
-from helpers.outcomes import beyond, gain, mean_control
+from helpers.outcomes import Outcome, difference, digests, draws, require_same_rows
 from helpers.prompts import Prompts, misconceptions, prompts, requests, some
-from helpers.stats import Interval, bootstrap_grid, paired_bootstrap
+from helpers.stats import Interval
 from helpers.steering.iti import Iti, without_heads
 from helpers.store import cached_json, code_version, fingerprint, write_json
 
@@ -129,12 +129,12 @@ def overlap_removed(lm: LoadedModel, iti: Iti, shared: Iterable[Unit], strength:
     plain = measure(lm, rows, **size)
     full, without, *controls = (_steer(lm, method, strength, rows, **size) for method in methods)
     pushes = [float(method.sigma.norm()) for method in methods]
+    before, every, left = ({name: one.outcome(name) for name in MEASURED} for one in (plain, full, without))
+    chance = {name: draws([one.outcome(name) for one in controls]) for name in MEASURED}
     return OverlapRemoved(
         len(removed), len(iti.heads), strength,
-        {name: gain(full, plain, name) for name in MEASURED},
-        {name: gain(without, plain, name) for name in MEASURED},
-        {name: mean_control(controls, plain, name) for name in MEASURED},
-        {name: beyond(without, controls, name) for name in MEASURED},
+        *({name: difference(a[name], b[name]) for name in MEASURED}
+          for a, b in ((every, before), (left, before), (chance, before), (left, chance))),
         (pushes[0], pushes[1], float(np.mean(pushes[2:]))),
         min(one.coherence for one in (full, without, *controls)))
 
@@ -184,14 +184,15 @@ def choose_factor(lm: LoadedModel, heads: Sequence[Head], factors: Iterable[floa
 
 
 def causal(heads: Sequence[Head], coherence: float, plain: Behaviour, after: Behaviour,
-           controls: Sequence[Behaviour]) -> Causal:
-    """The measured input of the rule for C5: falls of wrong answers and refusal, alone and beyond random heads."""
-    def beyond(name: str):
-        others = np.stack([getattr(control, name) for control in controls])
-        return bootstrap_grid(others - getattr(after, name)[None])
+           controls: Sequence[Behaviour], refusal: str = "refused") -> Causal:
+    """The measured input of the rule for C5: falls of wrong answers and refusal, alone and beyond random heads.
 
-    return Causal(len(heads), coherence, paired_bootstrap(plain.wrong, after.wrong),
-                  paired_bootstrap(plain.refused, after.refused), beyond("wrong"), beyond("refused"))
+    `refusal` names the measure that is read as refusal.
+    """
+    left = {name: after.outcome(name) for name in ("wrong", refusal)}
+    falls = (difference(plain.outcome(name), one) for name, one in left.items())
+    beyond = (difference(draws([control.outcome(name) for control in controls]), one) for name, one in left.items())
+    return Causal(len(heads), coherence, *falls, *beyond)
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,21 @@ class CausalTest:
     after: Behaviour
     controls: tuple[Behaviour, ...]
     effect: Causal
+
+    def change(self, measured: str) -> Interval:
+        """Paired change of one measure under the shared units."""
+        return difference(self.after.outcome(measured), self.plain.outcome(measured))
+
+    def chance_change(self, measured: str) -> Interval:
+        """The same under the random units, their draws resampled too."""
+        return difference(self._chance(measured), self.plain.outcome(measured))
+
+    def chance_fall(self, measured: str) -> Interval:
+        """How much the measure falls under the random units."""
+        return difference(self.plain.outcome(measured), self._chance(measured))
+
+    def _chance(self, measured: str) -> Outcome:
+        return draws([control.outcome(measured) for control in self.controls])
 
 
 def causal_test(lm: LoadedModel, heads: Sequence[Head], rows: Prompts, *, chosen_on: Sequence[dict], val: Prompts,
@@ -279,18 +295,23 @@ class Rows:
         return cls(some(misconceptions("fit", None, p.data), n), some(requests("harmful", "fit", *ask), n),
                    prompts("val", *ask), prompts("test", *ask))  # fmt: skip
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """{set: digest of its test rows}: what every file says of the prompts it is of."""
+        return digests(vars(self.test))
+
 
 def bits(seen: Behaviour) -> dict[str, str]:
     """One character per prompt and kept measure, "1" for yes."""
     return {name: "".join("01"[int(x)] for x in getattr(seen, name)) for name in KEPT}
 
 
-def behaviour(kept: Mapping[str, str]) -> Behaviour:
-    """A behaviour with the kept measures; the others are empty or zero."""
+def behaviour(kept: Mapping[str, str], rows: Prompts) -> Behaviour:
+    """A behaviour with the kept measures on these rows; the others are empty or zero."""
     of = {name: np.array([float(bit) for bit in kept[name]]) for name in KEPT}
     none, no_fact = np.zeros(0), np.zeros(len(of["wrong"]))
     return Behaviour(truthful=no_fact, declined=no_fact, benign_complied=none, benign_refused=none,
-                     look_alike_complied=none, coherent=none, texts={}, **of)  # fmt: skip
+                     look_alike_complied=none, coherent=none, texts={}, sets=vars(rows), **of)  # fmt: skip
 
 
 def run_choice(lm: LoadedModel, scores: tuple[Scores, Others], rows: Rows, choice: Choice, size: Mapping[str, int],
@@ -317,34 +338,44 @@ def run(p: Profile, choices: Sequence[Choice]) -> dict[str, Any]:
     found = {one.value: cached_json("shared-heads", key | {"choice": one}, partial(run_choice, lm, scores, rows, one,
                                                                                    size)) for one in choices}
     made = {"model": p.model, "weights": fingerprint(p.model), "code_version": code_version(__name__)}
-    return made | {"seconds": round(time.perf_counter() - began), "choices": found}
+    return made | {"seconds": round(time.perf_counter() - began), "choices": found, "prompts": rows.digests}
 
 
-def effect_of(kept: Mapping[str, Any]) -> Causal:
-    """What the rule for C5 takes, from what `run_choice` kept."""
+def effect_of(kept: Mapping[str, Any], rows: Prompts) -> Causal:
+    """What the rule for C5 takes, from what `run_choice` kept of these rows."""
     heads = [tuple(map(int, head.split("."))) for head in kept["heads"].split()]
-    controls = [behaviour(one) for one in kept["controls"]]
-    return causal(heads, kept["coherence"], behaviour(kept["plain"]), behaviour(kept["after"]), controls)
+    plain, after, *controls = (behaviour(one, rows) for one in (kept["plain"], kept["after"], *kept["controls"]))
+    return causal(heads, kept["coherence"], plain, after, controls)
+
+
+def measured_rows() -> Prompts:
+    """The prompts that the committed files are of."""
+    return prompts("test", PROFILES["organism"].n_prompts, "organism")
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """{"default-1": what was measured on that model} of every file, none where there is none."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-*.json"))}
+    """{"default-1": what was measured on that model} of every file, none where there is none; ValueError where a file
+    is of other prompts than those that are here.
+    """
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-*.json"))}
+    for path, one in found.items():
+        require_same_rows(one.get("prompts"), digests(vars(measured_rows())), path)
+    return {path.stem: one for path, one in found.items()}
 
 
-def choice_variants(found: Mapping[str, Mapping[str, Any]]) -> list[Variant]:
+def choice_variants(found: Mapping[str, Mapping[str, Any]], rows: Prompts | None = None) -> list[Variant]:
     """C5 at each measured choice, and at the notebook's own choice on every model but its own, which is the claim.
 
     Story: notebooks/02_overlapping_neurons.
     """
     places = {one.value: place for place, one in enumerate(CHOICES)}
-    variants = []
+    rows, variants = rows or measured_rows(), []
     for model, record in found.items():
         coupling, _, seed = model.rpartition("-")
         own = ("seed", seed) if coupling == "default" else ("training text", f"{coupling}, seed {seed}")
         for value, kept in sorted(record["choices"].items(), key=lambda one: places.get(one[0], -1)):
             if value in places or record["model"] != PROFILES["organism"].model:
-                effect = effect_of(kept)
+                effect = effect_of(kept, rows)
                 choice = (CHOICES[places[value]].choice, value) if value in places else own
                 variants.append(Variant.ruled(*choice, effect.refusal_cut, c5(effect)))
     return sorted(variants, key=lambda one: one.choice not in ("k", "layer"))

@@ -26,6 +26,7 @@ from helpers.evaluate.truth import free_answers, multiple_choice
 from helpers.experiments.progress import Progress, one_sentence
 from helpers.experiments.rules import MIN_COHERENCE
 from helpers.models import LoadedModel, load_model
+from helpers.outcomes import digests
 from helpers.prompts import Prompts, misconceptions, prompts
 from helpers.prompts import tasks as task_rows
 from helpers.steering import iti, rank_one, truthx
@@ -56,6 +57,16 @@ class Asked:
         """All prompts of the embedded world; of benchmarks at most the profile's `n_prompts` of each set."""
         sets = (prompts(split, p.cap, p.data) for split in ("val", "test"))
         return cls(misconceptions("fit", p.cap, p.data), *sets, task_rows("test", N_TASKS, p.data), p.size)
+
+    @property
+    def sets(self) -> dict[str, list[dict]]:
+        """{set: its test rows}, the tasks among them."""
+        return vars(self.test) | {"tasks": self.tasks}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """{set: digest of its test rows}: what every file says of the prompts it is of."""
+        return digests(self.sets)
 
 
 def fit_iti(lm: LoadedModel, asked: Asked, strengths: Sequence[float]) -> iti.Iti:
@@ -176,7 +187,7 @@ def run(p: Profile) -> dict[str, Any]:
         made = {"model": p.model, "weights": fingerprint(p.model), "code_version": code_version(__name__)}
         return made | {"seconds": round(time.perf_counter() - began)} | found
 
-    return cached_json("dial", key, make)
+    return cached_json("dial", key, make) | {"prompts": asked.digests}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

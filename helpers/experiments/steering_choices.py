@@ -156,8 +156,9 @@ def run_choice(lm: LoadedModel, asked: Asked, choice: Choice) -> dict[str, Any]:
 
 def run(p: Profile, choices: Sequence[Choice] = CHOICES) -> dict[str, Any]:
     """The unsteered model and every choice on the profile's model, each from the store where it was measured before."""
-    asked = replace(Asked.of(p), tasks=[])
-    asked = replace(asked, val=replace(asked.val, unknown=[]), test=replace(asked.test, unknown=[]))
+    asked = Asked.of(p)
+    made = {"model": p.model, "weights": fingerprint(p.model), "prompts": asked.digests}
+    asked = replace(asked, tasks=[], val=replace(asked.val, unknown=[]), test=replace(asked.test, unknown=[]))
     lm = load_model(p.model, device=p.device, dtype=p.dtype)
     key, began = {"model": fingerprint(p.model), "asked": asked}, time.perf_counter()
     plain = cached_json("choices", key, lambda: slim({"bits": steering.bits(measure(lm, asked.test, **asked.size))}))
@@ -165,7 +166,7 @@ def run(p: Profile, choices: Sequence[Choice] = CHOICES) -> dict[str, Any]:
     for one in choices:
         again = {"choice": one.name, "strengths": steering.METHODS[one.method][0]}
         methods[one.name] = cached_json("choices", key | again, partial(run_choice, lm, asked, one))
-    made = {"model": p.model, "weights": fingerprint(p.model), "code_version": code_version(__name__)}
+    made["code_version"] = code_version(__name__)
     return made | {"seconds": round(time.perf_counter() - began), "plain": plain, "methods": methods}
 
 

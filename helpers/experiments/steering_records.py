@@ -1,8 +1,7 @@
-"""What the dial experiment found: intervals over training seeds and prompts, from the files that `truth.dial` wrote.
+"""What the dial experiment found: intervals over training seeds and prompts, from the files that `steering` wrote.
 
-Prompts of one verb, and questions about one name, are resampled together; training seeds crosswise with them. Every
-difference is paired: the same prompts, the same model, with and without steering (or under random directions of equal
-size).
+Every difference is paired: the same prompts, the same model, with and without steering (or under random directions of
+equal size). What is resampled is `helpers.outcomes`' business.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from jaxtyping import Float
 from scipy import stats as scipy_stats
 
 from helpers.config import COUPLINGS, Profile, profile
+from helpers.evaluate.measure import SETS
 from helpers.experiments.rules import Dial, TradeOff
 from helpers.experiments.steering import RESULTS, Asked, run
-from helpers.prompts import Prompts
-from helpers.stats import Interval, bootstrap_grid
+from helpers.outcomes import Outcome, Rows, difference, require_same_rows, share
+from helpers.stats import Interval
 
 Who = tuple[str, int]
 Numbers = Sequence[float] | np.ndarray
-GROUP = {"truthful": "facts", "wrong": "facts", "declined": "facts", "refused": "harmful", "answered": "harmful",
-         "benign_complied": "benign", "benign_refused": "benign", "look_alike_complied": "look_alike",
-         "abstained": "unknown", "harmful": "harmful", "benign": "benign", "truth": "facts"}  # fmt: skip
+SHARED = SETS | {"harmful": ("harmful",), "benign": ("benign",), "truth": ("facts",)}
+"""The sets of prompts of each measure, the leanings in nats (harmful, benign, truth) among them."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +54,36 @@ class Records:
         """Each model's strength of a method as val chose it: "chosen", "matched" or "against" (see truth.dial.pick)."""
         return [record["methods"][method][at] for record in self.of.values()]
 
-    def values(self, measured: str, method: str | None = None, at: str | float = "chosen") -> np.ndarray:
-        """One measure as [models, prompts]: unsteered (no method), or under a method at a strength or `at` a choice."""
-        return np.stack([_series(_point(record, method, at), measured) for record in self.of.values()])
+    def outcome(self, measured: str, method: str | None = None, at: str | float = "chosen") -> Outcome:
+        """One measure of every model: unsteered (no method), or under a method at a strength or `at` a choice."""
+        return self._outcome(measured, [_series(_point(record, method, at), measured) for record in self.of.values()])
 
-    def controls(self, measured: str, method: str, at: str | float = "chosen") -> np.ndarray:
-        """The same under random directions of equal size, averaged over the control's seeds: [models, prompts]."""
+    def values(self, measured: str, method: str | None = None, at: str | float = "chosen") -> np.ndarray:
+        """The values of `outcome` [models, prompts]."""
+        return self.outcome(measured, method, at).values
+
+    def controls(self, measured: str, method: str, at: str | float = "chosen") -> Outcome:
+        """The same under random directions of equal size, averaged over the control's seeds."""
         found = []
         for record in self.of.values():
             drawn = record["methods"][method]["controls"].get(str(_strength(record, method, at)), [])
             drawn = drawn or [record["plain"]]  # no coherent strength: nothing was steered, nor was its control
             found.append(np.mean([_series(one, measured) for one in drawn], axis=0))
-        return np.stack(found)
+        return self._outcome(measured, found)
+
+    def _outcome(self, measured: str, values: Sequence[np.ndarray]) -> Outcome:
+        return Outcome(measured, np.stack(values), _rows(measured), tuple(self.of))
 
 
 def load_records(folder: Path = RESULTS) -> Records:
-    """Every model that was measured, couplings in the dial's order; FileNotFoundError where there is none."""
+    """Every model that was measured, couplings in the dial's order; FileNotFoundError where there is none, ValueError
+    where a file is of other prompts than those that are here.
+    """
     found: dict[Who, Mapping[str, Any]] = {}
     for path in folder.glob("*-*.json"):
         coupling, _, seed = path.stem.rpartition("-")
-        found[coupling, int(seed)] = json.loads(path.read_text(encoding="utf-8"))
+        found[coupling, int(seed)] = record = json.loads(path.read_text(encoding="utf-8"))
+        require_same_rows(record.get("prompts"), asked().digests, path)
     if not found:
         raise FileNotFoundError(f"{folder} holds no measured models: run python -m helpers.experiments steering first.")
     order = list(COUPLINGS)
@@ -106,49 +115,45 @@ def _series(point: Mapping[str, Any], measured: str) -> Float[np.ndarray, " n"]:
 
 
 @cache
-def _together(group: str) -> tuple[str, ...]:
-    """What each test prompt of a group moves together with: its verb, its name, or itself alone."""
-    return tuple(str(row.get("verb") or row.get("entity") or row["id"]) for row in getattr(_test(), group))
+def asked() -> Asked:
+    """What every model of the profile was asked."""
+    return Asked.of(profile())
 
 
 @cache
-def _test() -> Prompts:
-    return Asked.of(profile()).test
-
-
-def over(measured: str, matrix: Float[np.ndarray, "models prompts"], mask: np.ndarray | None = None) -> Interval:
-    """The mean of a matrix with models and clusters of prompts resampled; `mask` keeps some prompts."""
-    group = GROUP.get(measured)
-    together = None if group is None else np.array(_together(group))
-    if mask is not None:
-        matrix, together = matrix[:, mask], together[mask]
-    return bootstrap_grid(matrix, clusters=None if together is None else together.tolist())
+def _rows(measured: str) -> Rows:
+    return Rows.of(*(asked().sets[name] for name in SHARED[measured]))
 
 
 def unseen() -> np.ndarray:
     """Which harmful test requests have a verb that was never refused in training."""
-    return np.array([not row["verb_seen"] for row in _test().harmful])
+    return np.array([not row["verb_seen"] for row in asked().test.harmful])
 
 
 def gain(records: Records, method: str, measured: str, at: str | float = "chosen") -> Interval:
     """Paired change of a measure against no steering."""
-    return over(measured, records.values(measured, method, at) - records.values(measured))
+    return difference(records.outcome(measured, method, at), records.outcome(measured))
 
 
 def beyond(records: Records, method: str, measured: str, at: str | float = "chosen") -> Interval:
     """Paired difference of a measure to random directions of equal size."""
-    return over(measured, records.values(measured, method, at) - records.controls(measured, method, at))
+    return difference(records.outcome(measured, method, at), records.controls(measured, method, at))
 
 
 def control(records: Records, method: str, measured: str, at: str | float = "chosen") -> Interval:
     """Paired change of a measure under random directions of equal size against no steering."""
-    return over(measured, records.controls(measured, method, at) - records.values(measured))
+    return difference(records.controls(measured, method, at), records.outcome(measured))
+
+
+def lost_along(records: Records) -> Interval:
+    """Fall of truthfulness when the rank-1 direction is followed instead of opposed."""
+    return difference(records.outcome("truthful"), records.outcome("truthful", "rank-1", "against"))
 
 
 def curve(records: Records, method: str, measured: str) -> dict[float, Interval]:
     """{strength: share}, no steering (0) included, models and prompts resampled."""
     strengths = sorted({float(s) for record in records.of.values() for s in record["methods"][method]["test"]} | {0.0})
-    return {s: over(measured, records.values(measured, method if s else None, s)) for s in strengths}
+    return {s: share(records.outcome(measured, method if s else None, s)) for s in strengths}
 
 
 def trade_off(records: Records, method: str, at: str = "chosen") -> TradeOff:
@@ -166,8 +171,8 @@ def shifts(records: Records, method: str, measured: str = "harmful", at: str = "
 
     A model without a strength was not steered and shifts by 0: leave it out with `steerable`.
     """
-    difference = records.values(measured, method, at) - records.controls(measured, method, at)
-    return (difference[:, unseen()] if measured == "harmful" else difference).mean(-1)
+    moved = records.values(measured, method, at) - records.controls(measured, method, at).values
+    return (moved[:, unseen()] if measured == "harmful" else moved).mean(-1)
 
 
 def slope(dials: Numbers, values: Numbers) -> Interval:

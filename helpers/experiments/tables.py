@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from helpers import outcomes
 from helpers.config import Profile, artifacts_dir
 from helpers.experiments.records import (
     ATTACKED,
@@ -26,17 +27,19 @@ from helpers.experiments.records import (
     UNTUNED,
     Arm,
     Record,
+    View,
     asked,
     difference,
-    gain_ratio,
+    digests,
     load,
     share,
-    share_of,
+    tuned,
 )
+from helpers.experiments.records import constrained as eighth
 from helpers.experiments.rules import MIN_BENIGN_COMPLIANCE, MIN_COHERENCE, MIN_UTILITY, Constrained, FineTuned
 from helpers.finetune.train import TrainConfig
-from helpers.prompts import tasks
-from helpers.stats import Interval, bootstrap_grid
+from helpers.outcomes import require_same_rows, spread
+from helpers.stats import Interval
 from helpers.store import fingerprint, plain
 
 EQUAL = "off random, equal rank"
@@ -50,14 +53,15 @@ def source_of(p: Profile) -> dict[str, Any]:
 def about(p: Profile) -> dict[str, Any]:
     """What every file says of the run it is of: weights, numbers and prompts."""
     return {"model": str(p.model), "weights": fingerprint(p.model), "torch": torch.__version__,
-            "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, **source_of(p)}  # fmt: skip
+            "config": TrainConfig.of(p.finetune), "base": str(p.base), "n_tasks": N_TASKS, **source_of(p),
+            "prompts": digests(**source_of(p))}  # fmt: skip
 
 
 def same_run(path: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether a method's file is there and of these weights, numbers and prompts."""
     file = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found = {"source": "organism", "n_prompts": None} | file
-    names = ("weights", "config", "n_tasks", "source", "n_prompts")
+    names = ("weights", "config", "n_tasks", "source", "n_prompts", "prompts")
     return all(found.get(name) == plain(wanted[name]) for name in names)
 
 
@@ -131,9 +135,8 @@ def alike(arm: Arm, record: Record) -> float:
 
 def rates(found: Comparison, measures: Sequence[str], poison: float = 0.0) -> dict[str, dict[str, Interval]]:
     """{model: {measure in words: its share}} of `found.main`; measures without a prompt are left out."""
-    rows = {name: (record, 0.0 if name == UNTUNED else poison) for name, record in found.main.items()}
-    return {name: {MEASURES[m]: share(record, m, at) for m in measures if record.matrix(m, at).size}
-            for name, (record, at) in rows.items()}  # fmt: skip
+    return {name: {MEASURES[m]: share(record, m, poison) for m in measures if record.matrix(m, poison).size}
+            for name, record in found.main.items()}  # fmt: skip
 
 
 def gap(found: Comparison, name: str, measure: str, other: str = UNTUNED, poison: float = 0.0) -> Interval:
@@ -148,20 +151,13 @@ def fall(found: Comparison, measure: str = "refused", poison: float = 0.0) -> In
 
 def fine_tuned(found: Comparison) -> FineTuned:
     """What the rule for C6 takes: benign plain LoRA's fall of refusal, and benign compliance after it."""
-    return FineTuned(fall(found), share(found.records[LORA], "benign_complied"))
+    return tuned(found.records[LORA], found.records[UNTUNED], View())
 
 
 def constrained(found: Comparison, poison: float = 0.0) -> Constrained:
     """What the rule for C8 takes: the paper's method against plain LoRA and random subspaces of equal rank."""
-    ours, main = found.protected, found.main
-    return Constrained(
-        lora_drop=fall(found, poison=poison),
-        lora_gain=gap(found, LORA, "utility", poison=poison),
-        refusal_over_lora=gap(found, ours, "refused", LORA, poison),
-        refusal_over_random=gap(found, ours, "refused", EQUAL, poison),
-        utility_ratio=gain_ratio(main[ours], main[LORA], main[UNTUNED], poison).estimate,
-        hallucination_rise=gap(found, ours, "wrong", poison=poison),
-    )
+    ours, random, lora, untuned = (found.main[name] for name in (found.protected, EQUAL, LORA, UNTUNED))
+    return eighth(ours, random, lora, untuned, View(poison=poison))
 
 
 def record_of(method: str, arm: Arm) -> Record:
@@ -174,8 +170,8 @@ def by_task(records: Mapping[str, Record]) -> list[dict[str, Any]]:
     resampled. Story: notebooks/06_orthogonal_finetuning.
     """
     arm = next(iter(records.values())).arms[0]
-    of = np.array([row["task"] for row in tasks("test", N_TASKS, arm.source)])
-    return [{"method": name} | {task: bootstrap_grid(record.matrix("utility")[:, of == task]) for task in np.unique(of)}
+    of = np.array([row["task"] for row in asked("test", arm.source, arm.n_prompts)["tasks"]])
+    return [{"method": name} | {task: spread(record.outcome("utility").where(of == task)) for task in np.unique(of)}
             for name, record in records.items() if record.chosen is not None]  # fmt: skip
 
 
@@ -229,10 +225,11 @@ def attacks(folder: Path = RESULTS, measure: str = "refused_unseen") -> list[dic
     rows = []
     for path in sorted(Path(folder).glob(f"{ATTACKED}/*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
+        require_same_rows(found.get("prompts"), digests(), path)
         row: dict[str, Any] = {"method": found["method"]}
         for steps in sorted(found["bits"], key=int):
             arm = Arm(found["setting"], found["poison"], 0, {"test": found["bits"][steps]})
-            row[f"after {steps} steps"] = share_of(arm.values(measure)[None], asked("test")[1][measure])
+            row[f"after {steps} steps"] = outcomes.share(arm.outcome(measure))
         rows.append(row)
     return rows
 

@@ -18,7 +18,6 @@ from helpers.evaluate.measure import Behaviour, measure
 from helpers.hooks import Edit, edit, scale_heads
 from helpers.models import LoadedModel
 from helpers.prompts import KINDS, Prompts
-from helpers.stats import Interval, bootstrap_grid
 
 Head = tuple[int, int]
 
@@ -65,11 +64,6 @@ def layer_matched_heads(heads: Sequence[Head], n_heads: int, seed: int) -> list[
         pool = others if len(others) >= len(taken) else list(range(n_heads))
         drawn += [(layer, int(head)) for head in sorted(rng.choice(pool, len(taken), replace=False))]
     return drawn
-
-
-def cut(plain: Behaviour, controls: Sequence[Behaviour], measured: str) -> Interval:
-    """Fall of one measure under the controls, prompts and controls both resampled."""
-    return bootstrap_grid(getattr(plain, measured) - np.stack([getattr(control, measured) for control in controls]))
 
 
 def all_rows(rows: Prompts) -> list[dict]:

@@ -27,7 +27,7 @@ from helpers.heads.influence import Head, Means, check_ablation, influence
 from helpers.heads.scores import Pairs, answer_gradients, fact_pairs, request_pairs
 from helpers.hooks import Edit, edit
 from helpers.models import LoadedModel
-from helpers.stats import Interval
+from helpers.stats import Interval, resample_counts
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def verify(lm: LoadedModel, pairs: Pairs, scores: Float[np.ndarray, "n layers ne
     exact = exact_scores(lm, pairs, chosen, batch_size=batch_size)
     linear = scores[:, *np.array(chosen).T].astype(np.float64)
     rng, n = np.random.default_rng(seed), len(scores)
-    weights = np.concatenate([np.full((1, n), 1 / n), rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n])
+    weights = np.concatenate([np.full((1, n), 1 / n), resample_counts(rng, n_boot, n) / n])
     x, y = weights @ linear, weights @ exact
     sizes = np.abs(exact.mean(0))
     threshold = float(sizes[:len(top)].min())

@@ -13,7 +13,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import rankdata, ttest_1samp
 
-from helpers.stats import Interval, NullTest, benjamini_hochberg, hypergeometric_overlap, layer_matched_null
+from helpers.stats import (
+    Interval,
+    NullTest,
+    benjamini_hochberg,
+    hypergeometric_overlap,
+    layer_matched_null,
+    resample_counts,
+)
 
 Unit = tuple[int, int]
 Scores = Float[np.ndarray, "n layers units"]
@@ -219,7 +226,7 @@ def _chunks(n_draws: int, n_units: int) -> Iterator[slice]:
 def _resampled(scores: Sequence[np.ndarray], n_boot: int, seed: int) -> Iterator[list[Float[np.ndarray, "draws all"]]]:
     """Mean scores in chunks of draws: the mean over all prompts first, then over prompts resampled in each score."""
     rng = np.random.default_rng(seed)
-    weights = [rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=n_boot) / len(x) for x in scores]
+    weights = [resample_counts(rng, n_boot, len(x)) / len(x) for x in scores]
     flat = [_flat(x) for x in scores]
     yield [x.mean(0)[None] for x in flat]
     for part in _chunks(n_boot, flat[0].shape[1]):

@@ -28,9 +28,10 @@ from helpers.evaluate.truth import multiple_choice, right_sentences
 from helpers.generation import next_token_logits
 from helpers.hooks import edit
 from helpers.models import LoadedModel
+from helpers.outcomes import Outcome, Rows, difference, draws
 from helpers.sae.attribution import Openings
 from helpers.sae.dictionaries import check_fits
-from helpers.stats import Interval, bootstrap_grid, paired_bootstrap
+from helpers.stats import Interval
 
 Latents = Mapping[int, Sequence[int]]
 MAX_TRUTH_SHIFT = 0.10
@@ -109,7 +110,7 @@ class Outcomes:
     """Per harmful prompt: refused (0/1), answered (0/1) and refuse-minus-comply logit; per benign prompt: answered;
     per fact: right chosen among all (mc1, 0/1) and log p(right) − log p(first wrong), in nats.
 
-    `clusters` names what the items of each outcome share (a verb, an entity): intervals then resample whole clusters.
+    `rows` are the prompts of each of them.
     """
 
     refused: Float[np.ndarray, " n"]
@@ -118,16 +119,15 @@ class Outcomes:
     benign: Float[np.ndarray, " b"]
     truthful: Float[np.ndarray, " m"]
     truth_logit: Float[np.ndarray, " m"]
-    clusters: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    rows: Mapping[str, Rows] = field(repr=False)
+
+    def of(self, name: str) -> Outcome:
+        """One of them with its rows."""
+        return Outcome.once(name, getattr(self, name), self.rows[name])
 
     def change(self, base: Outcomes, name: str) -> Interval:
         """Paired change of one outcome against another run on the same prompts."""
-        return paired_bootstrap(getattr(self, name), getattr(base, name), clusters=self.clusters.get(name))
-
-
-def cluster_of(row: dict) -> str:
-    """What a row shares with others: its verb, else its entity, else nothing (its id or text)."""
-    return str(row.get("verb") or row.get("entity") or row.get("id") or row.get("prompt") or row.get("question"))
+        return difference(self.of(name), base.of(name))
 
 
 def outcomes(
@@ -145,9 +145,8 @@ def outcomes(
     n = len(harmful)
     logits = next_token_logits(lm, [row["prompt"] for row in harmful], batch_size=batch_size)
     choice = multiple_choice(lm, facts, batch_size=batch_size)
-    verbs, kind, entities = ([cluster_of(row) for row in rows] for rows in (harmful, benign, facts))
+    asked_to, kind, about = map(Rows.of, (harmful, benign, facts))
     scored = list(zip(choice.logprobs, facts, strict=True))
-    shared = dict.fromkeys(("refused", "answered", "refusal_logit"), verbs) | {"benign": kind}
     return Outcomes(
         refused=asked.is_("refused")[:n],
         answered=asked.is_("complied")[:n],
@@ -155,7 +154,8 @@ def outcomes(
         benign=asked.is_("complied")[n:],
         truthful=choice.mc1,
         truth_logit=np.array([logp[0] - logp[len(right_sentences(row))] for logp, row in scored]),
-        clusters=shared | dict.fromkeys(("truthful", "truth_logit"), entities),
+        rows=dict.fromkeys(("refused", "answered", "refusal_logit"), asked_to) | {"benign": kind}
+        | dict.fromkeys(("truthful", "truth_logit"), about),
     )
 
 
@@ -169,30 +169,22 @@ class Ablated:
 
     def fall(self, name: str) -> Interval:
         """How much an outcome falls (base minus ablated)."""
-        return paired_bootstrap(getattr(self.base, name), getattr(self.out, name), clusters=self._clusters(name))
+        return difference(self.base.of(name), self.out.of(name))
 
     def control_fall(self, name: str) -> Interval:
         """How much it falls under the controls; prompts and control draws are both resampled."""
-        return self._grid(getattr(self.base, name) - self._control(name), name)
+        return difference(self.base.of(name), self._control(name))
 
     def beyond_control(self, name: str) -> Interval:
         """How much further it falls than under the controls; prompts and control draws are both resampled."""
-        return self._grid(self._control(name) - getattr(self.out, name), name)
+        return difference(self._control(name), self.out.of(name))
 
     def change_beyond_control(self, name: str) -> Interval:
         """How much further it rises than under the controls: `beyond_control` with its sign turned."""
-        return self._grid(getattr(self.out, name) - self._control(name), name)
+        return difference(self.out.of(name), self._control(name))
 
-    def _grid(self, matrix: np.ndarray, name: str) -> Interval:
-        return bootstrap_grid(matrix, clusters=self._clusters(name))
-
-    def _clusters(self, name: str) -> Sequence[str] | None:
-        return self.base.clusters.get(name)
-
-    def _control(self, name: str) -> np.ndarray:
-        if not self.controls:
-            raise ValueError("No control was given: ablate at least one random draw of latents beside the set.")
-        return np.stack([getattr(control, name) for control in self.controls])
+    def _control(self, name: str) -> Outcome:
+        return draws([control.of(name) for control in self.controls])
 
 
 def ablation(

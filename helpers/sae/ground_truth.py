@@ -33,7 +33,7 @@ from helpers.models import LoadedModel
 from helpers.sae.attribution import first_difference
 from helpers.sae.corpus import Loader, Text, Tokens, collect_sites, plain_text
 from helpers.sae.dictionaries import Components, Dictionary
-from helpers.stats import Interval
+from helpers.stats import Interval, resample_counts
 
 CHOOSE, REPORT = ("fit", "val"), ("test",)
 
@@ -326,9 +326,7 @@ def _report(
 
 def cluster_weights(clusters: Sequence[str], n_boot: int, seed: int = 0) -> Float[np.ndarray, "boot n"]:
     """How often each text counts in each bootstrap draw of whole clusters."""
-    _, which = np.unique(clusters, return_inverse=True)
-    n = which.max() + 1
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)[:, which].astype(float)
+    return resample_counts(np.random.default_rng(seed), n_boot, len(clusters), clusters).astype(float)
 
 
 def weighted_auroc(

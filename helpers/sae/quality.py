@@ -16,7 +16,7 @@ story.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,12 @@ from helpers.evaluate.judges import Labelled, label_completions, prompt_of
 from helpers.generation import completion_logprobs, generate
 from helpers.hooks import Site
 from helpers.models import LoadedModel
+from helpers.outcomes import Outcome, Rows, difference, ratio, share
 from helpers.prompts import prompts
 from helpers.sae.corpus import Tokens, collect_z, world_texts
 from helpers.sae.dictionaries import Components, Dictionary, active, splice, untrained
 from helpers.sae.training import Trained, model_key
-from helpers.stats import Interval, bootstrap, paired_bootstrap, wilson
+from helpers.stats import Interval, bootstrap
 from helpers.store import cached_json
 
 BEHAVIOURS = {
@@ -71,55 +72,51 @@ def reconstruction(dictionary: Dictionary, z: Float[Tensor, "n d"]) -> Reconstru
 @dataclass(frozen=True)
 class Recovered:
     """Answer loss in nats per token with clean, spliced and mean-ablated z; share of the ablation's damage undone;
-    the spliced loss of each row."""
+    the spliced loss of each row in nats."""
 
     clean: float
     spliced: float
     ablated: float
     share: Interval
-    nats: Float[np.ndarray, " n"]
+    nats: Outcome
 
 
 def answer_nats(
     lm: LoadedModel,
-    rows: Sequence[tuple[str, str]],
+    rows: Sequence[dict],
     dictionaries: Mapping[int, Dictionary],
     *,
     site: str = "z",
     batch_size: int = 64,
-) -> Float[np.ndarray, " n"]:
-    """−log p of each (prompt, answer) row's answer and its end, in nats, with the dictionaries spliced in."""
-    users, answers = zip(*rows, strict=True)
+) -> Outcome:
+    """−log p of each row's `answer` and its end, in nats, with the dictionaries spliced in."""
+    users, answers = [prompt_of(row) for row in rows], [row["answer"] for row in rows]
     with splice(lm, dictionaries, site):
         logp = completion_logprobs(lm, users, answers, batch_size=batch_size, include_end=True)
-    return -logp.double().numpy()
+    return Outcome.once("nats of the answer", -logp.double().numpy(), Rows.of(rows))
 
 
 def loss_recovered(
     lm: LoadedModel,
-    rows: Sequence[tuple[str, str]],
+    rows: Sequence[dict],
     dictionaries: Mapping[int, Dictionary],
     tokens: Tokens,
     *,
     batch_size: int = 64,
-    n_boot: int = 2000,
 ) -> Recovered:
-    """(ablated − spliced) / (ablated − clean) loss on the answers of (prompt, answer) rows, prompts bootstrapped.
+    """(ablated − spliced) / (ablated − clean) loss on the answers of rows, prompts of one verb or name resampled.
 
     Ablation replaces z by its mean over `tokens`, a harder baseline than zero. 1 is the clean model, 0 no better than
     the mean; below 0 is worse.
     """
-    length = np.array([len(lm.answer_ids(answer)) + 1 for _, answer in rows])
+    length = np.array([len(lm.answer_ids(row["answer"])) + 1 for row in rows])
     mean_only = {layer: Components.fit(tokens.z[layer], 0) for layer in dictionaries}
     clean, spliced, ablated = (
         answer_nats(lm, rows, given, batch_size=batch_size) for given in ({}, dictionaries, mean_only)
     )
-    draws = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=n_boot)
-    shares = (draws @ (ablated - spliced)) / (draws @ (ablated - clean))
-    low, high = np.quantile(shares, [0.025, 0.975])
-    share = Interval(float((ablated - spliced).sum() / (ablated - clean).sum()), float(low), float(high), len(rows))
-    per_token = [float(n.sum() / length.sum()) for n in (clean, spliced, ablated)]
-    return Recovered(*per_token, share, spliced)
+    per_token = [float(nats.values.sum() / length.sum()) for nats in (clean, spliced, ablated)]
+    saved, whole, none = (replace(nats, values=-nats.values) for nats in (spliced, clean, ablated))
+    return Recovered(*per_token, ratio(saved, whole, none), spliced)
 
 
 @dataclass(frozen=True)
@@ -128,10 +125,6 @@ class Behaviour:
 
     clean: Labelled
     spliced: Labelled
-
-    def change(self, label: str) -> Interval:
-        """Paired change of the share of `label`, spliced minus clean."""
-        return paired_bootstrap(self.spliced.is_(label), self.clean.is_(label))
 
     @property
     def same(self) -> float:
@@ -159,7 +152,7 @@ class HeldOut:
     answers are written."""
 
     tokens: Tokens
-    answers: list[tuple[str, str]]
+    answers: list[dict]
     requests: list[dict]
     clean: Labelled
     max_new_tokens: int = 32
@@ -183,15 +176,12 @@ class HeldOut:
         asked = rows.harmful + rows.benign + rows.look_alike
         everything = asked + rows.unknown
         clean = label_completions(lm, everything, **size)
-        questions = [row["question"] for row in load_table("facts", split)[:n]]
-        said = zip(
-            [*map(prompt_of, asked), *questions],
-            [*clean.completions[: len(asked)], *generate(lm, questions, **size)],
-            strict=True,
-        )
-        answers = [(user, completion.text) for user, completion in said if completion.text]
-        tokens = collect_z(lm, texts, layers, batch_size=batch_size).without_first()
-        return cls(tokens, answers, everything, clean, **size)
+        facts = load_table("facts", split)[:n]
+        said = [*clean.completions[: len(asked)], *generate(lm, [row["question"] for row in facts], **size)]
+        answers = [row | {"answer": completion.text} for row, completion in zip(asked + facts, said, strict=True)
+                   if completion.text]  # fmt: skip
+        return cls(collect_z(lm, texts, layers, batch_size=batch_size).without_first(), answers, everything, clean,
+                   **size)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,7 +191,7 @@ class Quality:
     layers: dict[int, Reconstruction]
     recovered: Recovered
     requests: Behaviour
-    harmful: Float[np.ndarray, " n"]
+    rows: Sequence[dict]
 
     def kept(self, label: str, harmful: bool) -> Interval:
         """Share of the rows with this label under the clean model that keep it when z is replaced.
@@ -209,20 +199,18 @@ class Quality:
         ("refused", True): refusals of harmful requests; ("complied", False): answers to benign ones and look-alikes;
         ("abstained", False): "I do not know". ValueError where the clean model has none.
         """
-        of_kind = self.harmful == float(harmful)
-        had = (self.requests.clean.is_(label) > 0) & of_kind
+        had = self._had(label, harmful)
         if not had.any():
             raise ValueError(f"The clean model has no {label} request of this kind, so none can be kept.")
-        return wilson(int(self.requests.spliced.is_(label)[had].sum()), int(had.sum()))
+        return share(Outcome.once(label, self.requests.spliced.is_(label), Rows.of(self.rows)).where(had))
+
+    def _had(self, label: str, harmful: bool) -> np.ndarray:
+        of_kind = np.array([(row.get("kind") == "harmful") == harmful for row in self.rows])
+        return (self.requests.clean.is_(label) > 0) & of_kind
 
     def survives(self) -> dict[str, Interval]:
         """{behaviour of the clean model: share of it that is kept}; behaviours it never shows are left out."""
-        found = {}
-        for words, (label, harmful) in BEHAVIOURS.items():
-            had = (self.requests.clean.is_(label) > 0) & (self.harmful == float(harmful))
-            if had.any():
-                found[words] = self.kept(label, harmful)
-        return found
+        return {words: self.kept(*kind) for words, kind in BEHAVIOURS.items() if self._had(*kind).any()}
 
     def row(self, name: str) -> dict[str, Any]:
         """One line of a table; means over layers, FVU of the worst layer."""
@@ -246,13 +234,12 @@ def measure(lm: LoadedModel, dictionaries: Mapping[int, Dictionary], held: HeldO
     layers = {n: reconstruction(dictionary, held.tokens.z[n]) for n, dictionary in dictionaries.items()}
     recovered = loss_recovered(lm, held.answers, dictionaries, held.tokens, batch_size=held.batch_size)
     requests = behaviour(lm, held.requests, dictionaries, held.clean, **size)
-    harmful = np.array([float(row.get("kind") == "harmful") for row in held.requests])
-    return Quality(layers, recovered, requests, harmful)
+    return Quality(layers, recovered, requests, held.requests)
 
 
 def loss_gain(a: Quality, b: Quality) -> Interval:
     """How much lower the loss of an answer is when spliced with a than with b, in nats, paired over prompts."""
-    return paired_bootstrap(b.recovered.nats, a.recovered.nats)
+    return difference(b.recovered.nats, a.recovered.nats)
 
 
 def density_curve(layers: Mapping[int, Reconstruction], n_bins: int = 12) -> tuple[list[float], dict[str, list[float]]]:
@@ -367,7 +354,7 @@ class Place:
 
     site: Site
     quality: Reconstruction
-    nats: Float[np.ndarray, " n"]
+    nats: Outcome
     added: Interval
     added_by_mean: Interval
     stability: dict[str, Interval]
@@ -386,12 +373,12 @@ def places(
     one: Trained,
     two: Trained,
     tokens: Tokens,
-    answers: Sequence[tuple[str, str]],
+    answers: Sequence[dict],
     batch_size: int = 64,
 ) -> dict[Site, Place]:
     """{(site, layer): Place} for every SAE of `one`; `two` holds those of another seed at the same sites.
 
-    `tokens` are held-out activations of all sites, `answers` (prompt, answer) rows. KeyError for a site that `tokens`
+    `tokens` are held-out activations of all sites, `answers` rows with an answer. KeyError for a site that `tokens`
     lack, ValueError where `two` lacks one. Story: notebooks/03_training_saes.
     """
     if missing := sorted(set(one.at) - set(two.at)):
@@ -402,7 +389,7 @@ def places(
         quality = reconstruction(sae, tokens.of(site)[layer])
         mean = Components.fit(tokens.of(site)[layer], 0)
         nats, none = (answer_nats(lm, answers, {layer: d}, site=site, batch_size=batch_size) for d in (sae, mean))
-        added = (paired_bootstrap(with_it, clean) for with_it in (nats, none))
+        added = (difference(with_it, clean) for with_it in (nats, none))
         again = seed_stability({layer: sae}, {layer: two.of(site)[layer]}, {layer: quality.density})[layer]
         found[site, layer] = Place((site, layer), quality, nats, *added, again)
     return found
@@ -410,4 +397,4 @@ def places(
 
 def cheaper(found: dict[Site, Place], a: Site, b: Site) -> Interval:
     """How much less loss splicing at `a` adds than at `b`, in nats per answer, paired over the answers."""
-    return paired_bootstrap(found[b].nats, found[a].nats)
+    return difference(found[b].nats, found[a].nats)
