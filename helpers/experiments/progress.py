@@ -1,4 +1,4 @@
-"""What a command that runs for hours says: how far it is, how long the rest takes, and in one sentence why it stopped."""
+"""What a command of hours says: how far it is, how long the rest takes, and in one sentence why it stopped."""
 
 import argparse
 import time
