@@ -1,8 +1,6 @@
-"""The claims C1 to C8, what each run found for them, and the file that collects it.
+"""The claims C1 to C8: what each run found for them, the file that collects it, and what would change a verdict.
 
-Collected claims as rows to show: verdicts with their intervals, controls, and the same estimate on the siblings.
-
-Which result would change a verdict: for every claim what would reproduce it and what would overturn it.
+Every verdict has its interval and its control; the same estimate on the siblings stands in its details.
 """
 
 from __future__ import annotations

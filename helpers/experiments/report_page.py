@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,7 +29,11 @@ from helpers.report.tables import Link, Table
 from helpers.store import write_json, write_text
 
 NOTEBOOKS = ROOT / "notebooks"
+SOURCE, CHANGE = "07_claims", "What would change our mind"
+PROSE = ("Limits", CHANGE)
+"""Sections of notebook 07 that the report repeats, by the end of their headings."""
 _HEADING = re.compile(r"(#{1,6}) +(.+?)\s*$")
+_NUMBER = re.compile(r"-?[\d.]+(e-?\d+)?( \[.*\])?")
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,8 @@ class Cell:
     @property
     def headings(self) -> list[tuple[int, str]]:
         """(level, words) of every heading of a markdown cell, none of those inside a code block."""
-        found, fenced = [], False
-        for line in self.text.splitlines() if self.kind == "markdown" else ():
-            fenced ^= line.lstrip().startswith("```")
-            if not fenced and (match := _HEADING.match(line)):
-                found.append((len(match[1]), match[2]))
-        return found
+        tokens = MarkdownIt().parse(self.text) if self.kind == "markdown" else []
+        return [(int(one.tag[1]), words.content) for one, words in pairwise(tokens) if one.type == "heading_open"]
 
 
 def cells(notebook: str, folder: Path = NOTEBOOKS) -> list[Cell]:
@@ -138,7 +139,7 @@ def claim_link(row: Mapping[str, Any], page: Path) -> Link:
     return Link(words, f"{path}#cell-id={quote(cell)}")
 
 
-def _markdown() -> MarkdownIt:
+def prose(markdown: str) -> Markup:
     """Paragraphs, lists, tables, bold, italics and code as HTML, everything else as text.
 
     A heading becomes a paragraph in bold; links keep their words and lose their address.
@@ -149,12 +150,7 @@ def _markdown() -> MarkdownIt:
             "table_close": "</table></div>\n", "th_open": '<th scope="col">'}  # fmt: skip
     for rule, tag in tags.items():
         made.add_render_rule(rule, lambda *_, tag=tag: tag)
-    return made
-
-
-def prose(markdown: str) -> Markup:
-    """What the notebooks' prose says, as HTML."""
-    return Markup(_markdown().render(markdown))
+    return Markup(made.render(markdown))
 
 
 @dataclass(frozen=True)
@@ -197,23 +193,6 @@ def sections(on: Profile | None = None) -> list[Section]:
         found.append(Section(**kept, words=words, tables=tables, figures=figures))
     return sorted(found, key=lambda one: (one.place, one.name))
 
-INTRODUCTION = (
-    "What one run of the companion to arXiv 2510.07775 found for each claim. Verdicts are decided by rules written in "
-    "helpers/experiments/rules.py before the numbers (what C6 and C8 are measured on changed after a first result, see "
-    "Limits); they judge directions, since no number of the paper's tables could be read. "
-    "Brackets are 95 % intervals."
-)
-MARKS = (
-    "What the paper claims is in our words; the mark says how it is known: S the paper's own words (its abstract), "
-    "2 a secondary summary, 2! one secondary summary only."
-)
-_NUMBER = re.compile(r"-?[\d.]+(e-?\d+)?( \[.*\])?")
-SOURCE = "07_claims"
-CHANGE = "What would change our mind"
-PROSE = ("Limits", CHANGE)
-"""Sections of notebook 07 that the report repeats, by the end of their headings."""
-COLUMNS = ("", "Claim", "Verdict by rule", "Estimate", "Control", "Prompts × seeds", "Where it was made")
-
 
 def html_report(on: Profile | None = None) -> Path:
     """Write `report.html` of a profile from its claims, sections and saved figures, and return its path.
@@ -224,7 +203,7 @@ def html_report(on: Profile | None = None) -> Path:
     folder, kept, claims = results_dir(p), sections(p), collect_claims(p)
     saved = {path.stem: path for path in sorted((folder / "figures").glob("*.svg"))}
     shown = {name for one in kept for name in one.figures}
-    parts = [{"title": "The claims", "claims": [_claim(row, folder) for row in claims], "words": [MARKS]}]
+    parts = [{"title": "The claims", "claims": [_claim(row, folder) for row in claims]}]
     parts += [{"title": one.title, "words": one.words, "tables": one.tables,
                "figures": [_figure(saved[name]) for name in one.figures if name in saved]} for one in kept]  # fmt: skip
     if (NOTEBOOKS / f"{SOURCE}.py").is_file():
@@ -235,8 +214,7 @@ def html_report(on: Profile | None = None) -> Path:
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                        lstrip_blocks=True, undefined=StrictUndefined)  # fmt: skip
     page.filters |= {"is_number": _NUMBER.fullmatch, "interval": _interval, "slug": _id}
-    text = page.get_template("report_page.html.j2").render(
-        profile=p.name, introduction=INTRODUCTION, columns=COLUMNS, parts=parts)  # fmt: skip
+    text = page.get_template("report_page.html.j2").render(profile=p.name, parts=parts)
     return write_text(folder / "report.html", text + "\n")
 
 
