@@ -14,6 +14,7 @@ from helpers.config import profile, results_dir
 from helpers.experiments import claims, exports, report_page
 from helpers.report import checks
 from helpers.report.__main__ import main
+from helpers.report.rendering import Points
 from helpers.stats import Interval
 
 CLAIM = {
@@ -206,6 +207,27 @@ def test_the_moving_and_the_still_picture_show_the_same_numbers():
     bar = picture.plotly.data[0]
     assert bar.y[0] - bar.error_y.arrayminus[0] == low and bar.y[0] + bar.error_y.array[0] == high
     assert "0.50 [0.25, 0.75]" in picture.text
+
+
+def test_whiskers_reach_from_the_value_down_and_up_on_their_own_axis():
+    ends = {"x_ends": ([0.5], [3.0]), "y_ends": ([1.5], [2.25])}
+    assert Points("m", [1.0], [2.0], "#000000", "path", **ends).whiskers == {"x": [[0.5], [2.0]], "y": [[0.5], [0.25]]}
+    assert Points("m", [1.0], [2.0], "#000000", "path").whiskers == {}
+
+
+def test_a_still_forest_sets_aside_the_groups_that_share_a_line_and_no_others():
+    """By the heights of its dots, one pixel or so each way."""
+    one = Interval(0.5, 0.25, 0.75, 3)
+
+    def heights(picture):
+        plot = picture.svg.partition('<g id="legend')[0]
+        dots = re.findall(r'<use [^>]* y="([^"]*)" style="fill: #(?:0072b2|d55e00)', plot)
+        return sorted({round(float(y)) for y in dots})
+
+    apart, shared = ({"a": {"u": one}, "b": {"v": one}}, {"a": {"u": one, "v": one}, "b": {"u": one}})
+    assert len(heights(report.forest(apart, name="apart"))) == 2
+    first, second, third = heights(report.forest(shared, name="shared"))
+    assert 2 < second - first < third - second
 
 
 def test_a_forest_lays_values_along_x_in_the_given_order_from_the_top():

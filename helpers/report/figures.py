@@ -59,9 +59,8 @@ def bars(values: Mapping[str, Any], title: str = "", y_title: str = "", *, name:
     """Draw `{bar: value}` or grouped `{bar: {group: value}}`; a value is a number or an interval (a whisker)."""
     groups = _grouped(values)
     width = 0.8 / max(1, len(groups))
-    marks = [Points(group, places, y, COLORS[i % len(COLORS)], "bar", y_ends=ends,
-                    shift=(i - (len(groups) - 1) / 2) * width, width=width)
-             for i, (group, (places, y, ends)) in enumerate(groups.items())]  # fmt: skip
+    marks = [Points(group, places, y, color, "bar", y_ends=ends, shift=aside * width, width=width)
+             for group, color, aside, places, (y, ends) in groups]  # fmt: skip
     x, y = Axis(x_title, tuple(map(str, values))), Axis(y_title, range=y_range)
     return _picture(name, Drawing(title, x, y, (*marks, *_rule(reference, "y"))))
 
@@ -73,23 +72,23 @@ def forest(values: Mapping[str, Any], title: str = "", x_title: str = "", *, nam
     `groups` come first, in this order and these colours, also where a figure has none of them.
     """
     found, names = _grouped(values, groups), tuple(map(str, values))
-    taken = [place for places, _, _ in found.values() for place in places]
+    taken = [place for _, _, _, places, _ in found for place in places]
     step = 0.0 if len(taken) == len(set(taken)) else 0.6 / len(found)  # aside only where two share a line
-    marks = [Points(group, x, places, COLORS[i % len(COLORS)], "dot", x_ends=ends,
-                    shift=(i - (len(found) - 1) / 2) * step)
-             for i, (group, (places, x, ends)) in enumerate(found.items())]  # fmt: skip
+    marks = [Points(group, x, places, color, "dot", x_ends=ends, shift=aside * step)
+             for group, color, aside, places, (x, ends) in found]  # fmt: skip
     row = max([26, *(17 * len(wrapped(one)) for one in names)])  # as tall as the longest name needs
     drawing = Drawing(title, Axis(x_title), Axis("", names), (*marks, *_rule(reference, "x")), 190 + row * len(names))
     return _picture(name, drawing)
 
 
-def _grouped(values: Mapping[str, Any], first: Sequence[str] = ()) -> dict[str, tuple[list, list, Ends | None]]:
-    """{group: (places of its names, values, ends)}."""
+def _grouped(values: Mapping[str, Any], first: Sequence[str] = ()) -> list[tuple[str, str, float, list, Any]]:
+    """Per group its name, colour, steps aside from the middle one, the places of its values, and those with ends."""
     groups: dict[str, dict[int, Any]] = {group: {} for group in first}
     for place, value in enumerate(values.values()):
         for group, inner in (value if isinstance(value, Mapping) else {"": value}).items():
             groups.setdefault(group, {})[place] = inner
-    return {group: (_floats(inner), *_curve(list(inner.values()))) for group, inner in groups.items()}
+    return [(group, COLORS[i % len(COLORS)], i - (len(groups) - 1) / 2, _floats(inner), _curve(list(inner.values())))
+            for i, (group, inner) in enumerate(groups.items())]  # fmt: skip
 
 
 def _rule(reference: tuple[float, str] | None, along: str) -> list[Rule]:
@@ -190,7 +189,8 @@ def _span(ends: Sequence[Ends]) -> tuple[float, float]:
     return bottom - room, top + room
 
 
-def _crosses(label: str, points: Sequence[tuple[Any, Any, Any]], color: str, look: str, symbol: str = "circle"):
+def _crosses(label: str, points: Sequence[tuple[Any, Any, Any]], color: str, look: str,
+             symbol: str = "circle") -> Points:
     """Points (words, x, y) with both their intervals."""
     (x, x_ends), (y, y_ends) = (_curve([point[i] for point in points]) for i in (1, 2))
     return Points(label, x, y, color, look, x_ends, y_ends, tuple(str(point[0]) for point in points), symbol)
