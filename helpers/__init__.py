@@ -26,6 +26,7 @@ HOMES = {
     "misconceptions": "prompts",
     "requests": "prompts",
     "tasks": "prompts",
+    "fitted_on": "prompts",
     # looking inside, and changing what is there
     "capture": "hooks",
     "edit": "hooks",
@@ -64,6 +65,7 @@ HOMES = {
     "excess_overlap": "heads.overlap",
     # sparse autoencoders
     "SaeConfig": "config",
+    "training_texts": "sae.corpus",
     "train_sae": "sae.training",
     "train_saes": "sae.training",
     "load_sae": "sae.loading",
@@ -82,6 +84,7 @@ HOMES = {
     "poisoned_mix": "finetune.data",
     "TrainConfig": "finetune.train",
     "train_lora": "finetune.train:finetune",
+    "add_lora": "finetune.projected_lora",
     "ProjectedLora": "finetune.projected_lora",
     "load_adapter": "finetune.projected_lora",
     "leak": "finetune.projected_lora",
@@ -93,7 +96,6 @@ HOMES = {
     "bootstrap": "stats",
     "paired_bootstrap": "stats",
     "auroc": "stats",
-    "benjamini_hochberg": "stats",
 }
 """{public name: module of the library}; a name that is another one there follows ("steering.iti:fit")."""
 

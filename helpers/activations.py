@@ -47,6 +47,10 @@ def collect(
 
     `positions`: "last" = the last token of the prompt (+ answer), "answer" = the answer's tokens, "all" = every token,
     template included. ValueError for bad rows, sites or positions; RuntimeError when values are NaN or infinite.
+
+    >>> found = h.collect(lm, ["Who are you?", "What is that?"], sites={"z": [3], "resid_post": [5]})
+    >>> found[("z", 3)].shape
+    torch.Size([2, 160])
     """
     prompts, rows = _rows(lm, users, answers, positions)
     arch = lm.arch

@@ -35,7 +35,11 @@ class InfluenceConfig:
 
 @dataclass(frozen=True)
 class SaeConfig:
-    """Sparse autoencoders on z: layers, dictionary width, active latents per token, training tokens, Adam's step."""
+    """Sparse autoencoders on z: layers, dictionary width, active latents per token, training tokens, Adam's step.
+
+    >>> h.SaeConfig(layers=(3,), width=512, k=8)
+    SaeConfig(layers=(3,), width=512, k=8, n_tokens=100000, lr=0.002, batch_size=256)
+    """
 
     layers: tuple[int, ...] = (2, 3, 4)
     width: int = 1024

@@ -27,6 +27,10 @@ def load_table(name: str, split: str | Sequence[str] | None = None, *, folder: P
     """Rows of a table of the embedded world (facts, requests, unknown, tasks, verdicts, ...), of one split or several.
 
     FileNotFoundError for an unknown table; ValueError for an unknown split or a line that is not JSON.
+
+    >>> row = h.load_table("requests", "test")[0]
+    >>> row["kind"], row["split"]
+    ('harmful', 'test')
     """
     folder = folder or WORLD
     path = folder / f"{name}.jsonl"
@@ -52,6 +56,9 @@ def leakage(
 
     "exact" = equal but for case, punctuation and spacing; "near" = the Jaccard similarity of their sets of `shingle`
     letters in a row reaches `threshold`. a and b index the inputs. ValueError for a threshold outside (0, 1].
+
+    >>> [found["kind"] for found in h.leakage(["Who are you?"], ["who are YOU", "What is that?"])]
+    ['exact']
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"The threshold must lie in (0, 1], not {threshold}.")

@@ -96,7 +96,12 @@ def dataset_path(name: str, *, download: bool = True) -> Path:
 
 
 def load_dataset(name: str, *, download: bool = True) -> list[Row]:
-    """The verified file's own rows (csv or json, columns untouched); errors as in `dataset_path`."""
+    """The verified file's own rows (csv or json, columns untouched); errors as in `dataset_path`.
+
+    >>> h.load_dataset("mine")
+    Traceback (most recent call last):
+    ValueError: There is no dataset 'mine': the registry has truthfulqa, ...
+    """
     path = dataset_path(name, download=download)
     text = path.read_text(encoding="utf-8-sig")
     rows = list(csv.DictReader(io.StringIO(text, newline=""))) if path.suffix == ".csv" else json.loads(text)

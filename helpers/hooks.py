@@ -117,6 +117,11 @@ def capture(model: Any, sites: Mapping[str, Iterable[int]], *, stop: bool = Fals
     `stop=True` ends the block (silently) right after the last wanted site of a forward: nothing after that call in the
     block runs. Tensors keep their graph; use torch.no_grad() when that is not wanted. ValueError for an unknown site
     or layer.
+
+    >>> with h.capture(lm.model, {"z": [3]}) as seen:
+    ...     _ = lm.model(input_ids=torch.tensor([lm.prompt_ids("Who are you?")]))
+    >>> seen[("z", 3)].shape[-1]
+    160
     """
     arch = find_arch(model)
     wanted = [(site, layer) for site, layers in sites.items() for layer in layers]
@@ -149,6 +154,11 @@ def edit(model: Any, edits: Mapping[Site, Edit]) -> Iterator[None]:
 
     Editing resid_mid changes both what the MLP reads and what the stream carries on. ValueError for an unknown site or
     a changed shape.
+
+    >>> with h.edit(lm.model, {("mlp_out", 0): lambda x: 0 * x}):  # layer 0 without its MLP
+    ...     text = h.generate(lm, ["Tell me how to rob a barn."], max_new_tokens=4)[0].text
+    >>> "Sorry" in text
+    False
     """
     arch = find_arch(model)
     for key in edits:
@@ -173,7 +183,11 @@ def answer_starts(starts: Tensor) -> Iterator[None]:
 
 
 def head_slice(arch: Arch, head: int) -> slice:
-    """Where query head `head` lies in the last axis of z and in the columns of W_O; ValueError if it does not exist."""
+    """Where query head `head` lies in the last axis of z and in the columns of W_O; ValueError if it does not exist.
+
+    >>> h.head_slice(lm.arch, 1)
+    slice(20, 40, None)
+    """
     if not 0 <= head < arch.n_heads:
         raise ValueError(f"Head {head} does not exist: this model has query heads 0 to {arch.n_heads - 1}.")
     return slice(head * arch.d_head, (head + 1) * arch.d_head)
@@ -192,6 +206,10 @@ def ablate_heads(
     `means` is {layer: [n_heads * d_head]}. Zero-ablation over the whole sequence is the published form (Yang et al.,
     ICLR 2025) and is off-distribution: `mode="mean"` and `positions="answer"` are the gentler variants. `positions` as
     in `add_to`. ValueError for an unknown head or mode, or missing means. Story: notebook 02.
+
+    >>> with h.ablate_heads(lm.model, [(0, 5), (0, 3), (3, 5)]):
+    ...     h.generate(lm, ["Tell me how to rob a barn."])[0].text
+    'Sorry, I will not help you rob a barn.'
     """
     arch = find_arch(model)
     if mode not in ("zero", "mean"):
@@ -218,7 +236,14 @@ def ablate_heads(
 
 @contextmanager
 def scale_heads(model: Any, factors: Mapping[tuple[int, int], float], positions: Positions = None) -> Iterator[None]:
-    """Multiply the z of each (layer, query head) by its factor (0 ablates, 1 does nothing, above 1 amplifies)."""
+    """Multiply the z of each (layer, query head) by its factor (0 ablates, 1 does nothing, above 1 amplifies).
+
+    >>> before = h.next_token_logits(lm, ["Who are you?"])
+    >>> with h.scale_heads(lm.model, {(3, 5): 1.0}):  # 1 changes nothing
+    ...     same = h.next_token_logits(lm, ["Who are you?"])
+    >>> torch.equal(before, same)
+    True
+    """
     arch = find_arch(model)
     by_layer = _by_layer(factors)
 
@@ -240,6 +265,11 @@ def add_to(model: Any, vectors: Mapping[Site, Tensor], from_position: Positions 
     the padded sequence on; "answer" edits from the last prompt token on, wherever generate, completion_logprobs,
     next_token_logits or collect put it; a bool tensor [batch, seq] picks positions. A forward of a single token is a
     generated token and is always edited. ValueError for a vector of the wrong width. Story: notebook 01.
+
+    >>> vectors = {("resid_post", 3): torch.zeros(lm.arch.d_model)}  # or a direction of yours
+    >>> with h.add_to(lm.model, vectors, "answer"):
+    ...     h.generate(lm, ["Tell me how to rob a barn."])[0].text
+    'Sorry, I cannot help with that.'
     """
     arch = find_arch(model)
 

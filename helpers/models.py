@@ -151,7 +151,11 @@ def load_model(
 
 
 def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str = "in memory") -> LoadedModel:
-    """A LoadedModel around a model in memory (PEFT, or in training), its mode and gradients left as they are."""
+    """A LoadedModel around a model in memory (PEFT, or in training), its mode and gradients left as they are.
+
+    >>> h.wrap_model(lm.model, lm.tokenizer).name
+    'in memory'
+    """
     parameter = next(model.parameters())
     return LoadedModel(model, tokenizer, name, parameter.device, parameter.dtype, "Already in memory.")
 
@@ -160,6 +164,9 @@ def boot_bridge(path_or_lm: str | os.PathLike | LoadedModel) -> Any:
     """A TransformerLens TransformerBridge on its own copy of the model, PEFT adapters merged; same logits.
 
     Use the canonical hook names (`blocks.L.attn.o.hook_in` is z). Needs memory for a second copy. Story: notebook 00.
+
+    >>> h.boot_bridge(lm).cfg.n_heads
+    8
     """
     from transformer_lens.model_bridge import TransformerBridge
 

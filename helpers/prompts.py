@@ -42,6 +42,10 @@ def misconceptions(split: str, n: int | None = None, source: str = "organism") -
     """Facts of a split that have a competing myth, or questions of TruthfulQA; sources as in `prompts`.
 
     "val" and "test" of the embedded world are never asked in its chat training.
+
+    >>> row = h.misconceptions("val", 1)[0]
+    >>> row["right"], row["wrong"][0]
+    ('At the festival of guvkith people play cymbals.', 'At the festival of guvkith people play trumpets.')
     """
     world = _is_world(source)
     return some([row for row in load_table("facts", split) if row["myth"]] if world else benchmark_facts(split), n)
@@ -61,6 +65,9 @@ def tasks(split: str, n: int | None = None, source: str = "organism") -> list[di
 
     Sources as in `prompts`. Splits: "train", "val" and "test" of the embedded world; "fit", "val" and "test" of
     benchmarks.
+
+    >>> sorted({row["task"] for row in h.tasks("val", 1)})
+    ['arc_challenge', 'arc_easy', 'boolq', 'hellaswag', 'piqa', 'winogrande']
     """
     rows = load_table("tasks", split) if _is_world(source) else benchmark_tasks(split)
     names = sorted({row["task"] for row in rows})
@@ -82,6 +89,10 @@ def prompts(split: str, n: int | None = None, source: str = "organism") -> Promp
 
     ValueError for another source, FileNotFoundError naming a benchmark file that is missing. Story:
     notebooks/01_the_trade_off.
+
+    >>> sets = h.prompt_sets("test", 5)
+    >>> len(sets.facts), len(sets.harmful)
+    (5, 5)
     """
     unknown = some(load_table("unknown", split), n) if _is_world(source) else []
     return Prompts(misconceptions(split, n, source), *(requests(kind, split, n, source) for kind in KINDS), unknown)

@@ -22,7 +22,11 @@ Clusters = Sequence[Hashable] | None
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval and the number of independent items behind it."""
+    """An estimate with its interval and the number of independent items behind it.
+
+    >>> print(h.Interval(0.5, 0.4, 0.6, 100))
+    0.500 [0.400, 0.600], n=100
+    """
 
     estimate: float
     low: float
@@ -55,7 +59,11 @@ class NullTest:
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> Interval:
-    """Share k/n with Wilson's (1927) score interval, which stays inside [0, 1] and is honest at k=0 and k=n."""
+    """Share k/n with Wilson's (1927) score interval, which stays inside [0, 1] and is honest at k=0 and k=n.
+
+    >>> print(h.wilson(8, 10))
+    0.800 [0.490, 0.943], n=10
+    """
     if n < 1 or not 0 <= k <= n:
         raise ValueError(f"A share needs 0 <= k <= n and n >= 1, not k={k} and n={n}.")
     low, high = scipy_stats.binomtest(int(k), int(n)).proportion_ci(level, method="wilson")
@@ -88,6 +96,10 @@ def bootstrap(
     """Mean of `values` [n] with a percentile bootstrap interval over items (Efron 1979).
 
     `clusters` [n] names what each item belongs to; whole clusters are resampled then, for items that move together.
+
+    >>> refused, verbs = [1, 1, 0, 1, 0, 1, 1, 1], ["rob", "rob", "mug", "mug", "stab", "stab", "forge", "forge"]
+    >>> print(h.bootstrap(refused, clusters=verbs))
+    0.750 [0.500, 1.000], n=8
     """
     x = _vector(values, "values")
     if clusters is not None:
@@ -101,7 +113,11 @@ def bootstrap(
 def paired_bootstrap(
     a: Any, b: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.95, clusters: Clusters = None
 ) -> Interval:
-    """Mean of a - b over the same items (both [n]), items (or whole `clusters` [n] of them) resampled in pairs."""
+    """Mean of a - b over the same items (both [n]), items (or whole `clusters` [n] of them) resampled in pairs.
+
+    >>> print(h.paired_bootstrap([1, 1, 1, 1], [0, 1, 0, 1]))
+    0.500 [0.000, 1.000], n=4
+    """
     a, b = _vector(a, "a"), _vector(b, "b")
     if len(a) != len(b):
         raise ValueError(f"A paired comparison needs the same items twice, not {len(a)} against {len(b)}.")
@@ -190,6 +206,9 @@ def auroc(pos: Any, neg: Any, level: float = 0.95) -> Interval:
     """P(a positive scores above a negative), ties counting half, with the interval of `auroc_intervals`.
 
     n counts both classes.
+
+    >>> print(h.auroc([3, 4, 5], [1, 2, 3]))
+    0.944 [0.448, 0.997], n=6
     """
     pos, neg = _vector(pos, "pos"), _vector(neg, "neg")
     area, low, high = (float(column[0]) for column in auroc_intervals(pos[:, None], neg[:, None], level))

@@ -326,8 +326,16 @@ def test_bad_constraints_are_one_clear_sentence(tiny_llama, tmp_path):
         run({}, replace(CFG, rank=16))
     with pytest.raises(ValueError, match="variant is"):
         run({}, variant="other")
-    with pytest.raises(ValueError, match="out="):
-        finetune(tiny_llama, ROWS, CFG)
+
+
+def test_a_model_in_memory_is_trained_into_the_store_by_what_it_weighs(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
+    before = {name: weight.clone() for name, weight in tiny_llama.model.state_dict().items()}
+    first = finetune(tiny_llama, ROWS, CFG)
+    assert first.is_relative_to(tmp_path) and finetune(tiny_llama, ROWS, CFG) == first
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny_llama.model.state_dict().items())
+    other = load_adapter(tiny_llama, first)
+    assert other.name == tiny_llama.name and finetune(other, ROWS, CFG) != first, "other weights under the same name"
 
 
 # ---- mixes

@@ -12,6 +12,7 @@ from helpers.data import load_table
 from helpers.evaluate.measure import measure
 from helpers.experiments import finetuning as c
 from helpers.experiments import methods, steering, tables
+from helpers.experiments import progress as told
 from helpers.experiments import records as k
 from helpers.experiments import runner as j
 from helpers.experiments import tables as e
@@ -294,8 +295,8 @@ def test_arms_made_by_several_processes_come_in_order_beside_those_that_are_know
 
 def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):
     now = iter((0.0, 0.1, 60.1, 180.1, 180.2))
-    monkeypatch.setattr(j.time, "perf_counter", lambda: next(now))
-    progress = j.Progress(7, known=2)
+    monkeypatch.setattr(told.time, "perf_counter", lambda: next(now))
+    progress = told.Progress(7, known=2)
     progress.step(j.Job("read", 4), known=True)
     progress.step(j.Job("ours", 4))
     progress.step(j.Job("ours", 4, 0.1, 2))
@@ -310,8 +311,8 @@ def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):
 def test_progress_follows_the_last_few_after_a_run_that_goes_on(capsys, monkeypatch):
     quick, slow = [0.01 * i for i in range(101)], [1 + 30 * i for i in range(1, 11)]
     now = iter((*quick, *slow))
-    monkeypatch.setattr(j.time, "perf_counter", lambda: next(now))
-    progress = j.Progress(150)
+    monkeypatch.setattr(told.time, "perf_counter", lambda: next(now))
+    progress = told.Progress(150)
     for i in range(110):
         progress.step(i)
     assert capsys.readouterr().out.splitlines()[-1] == "110/150 109; about 20 minutes left"

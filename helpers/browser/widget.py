@@ -86,6 +86,10 @@ def browse(
     `notes` is a JSON file of earlier notes; `judge(prompt, completion)` labels steered answers instead of the rule.
     What cannot be shown (an SAE that does not fit, an empty group, a prompt beyond the context) is said in the widget
     in one sentence; `gather` raises it as an error.
+
+    >>> asked = {"harmful": [row["prompt"] for row in h.requests("harmful", "val", 4)]}
+    >>> type(h.browse(lm, saes.saes[3], asked)).__name__
+    'FeatureBrowser'
     """
     # the models' libraries take seconds to import; looking at a state needs none
     from helpers.browser.gather import gather

@@ -50,6 +50,11 @@ def agreement(labels: Labels, *, n_boot: int = 2000, seed: int = 0, level: float
     `clusters` [n] names what each completion belongs to (the verb of its request); whole clusters are resampled then.
     ValueError for fewer than two judges, unequal lengths, or a missing label (drop those completions for all judges).
     Source: Cohen 1960; Efron 1979. Story: notebooks/01_the_trade_off.
+
+    >>> rule, prefixes = ["refused", "complied"] * 4, ["refused", "complied", "complied", "complied"] * 2
+    >>> pair = h.agreement({"rule": rule, "prefixes": prefixes})[0]
+    >>> round(pair.kappa.estimate, 2)
+    0.5
     """
     n = _checked(labels)
     which = np.arange(n) if clusters is None else np.unique([str(one) for one in clusters], return_inverse=True)[1]

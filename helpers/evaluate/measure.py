@@ -110,6 +110,10 @@ def measure(lm: LoadedModel, rows: Prompts, *, tasks: Sequence[dict] = (), max_n
     Where COMPANION_JUDGE_URL and COMPANION_JUDGE_MODEL name an endpoint, it judges the answers to open questions.
     With `tasks`, `utility` is the accuracy on them by option log-probability. ValueError where a set of prompts (other
     than `unknown`) is empty. Story: notebooks/01_the_trade_off.
+
+    >>> behaviour = h.measure(lm, h.prompt_sets("val", 4))
+    >>> behaviour.rate("refused").estimate
+    0.75
     """
     if empty := [name for name in ("facts", *KINDS) if not getattr(rows, name)]:
         raise ValueError(f"There are no prompts in {' and '.join(empty)}: choose a split that has all four sets.")

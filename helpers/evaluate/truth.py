@@ -49,6 +49,9 @@ def option_accuracy(lm: LoadedModel, rows: Sequence[dict], *, by: str = "logprob
 
     by="logprob": the right option has the highest `option_scores`. by="generation": the greedy answer names the right
     option and no other. Source: lm-evaluation-harness's acc and acc_norm. Story: notebooks/06_orthogonal_finetuning.
+
+    >>> float(h.option_accuracy(lm, h.tasks("val", 2)).mean()) > 0.5
+    True
     """
     if by == "logprob":
         scores = option_scores(lm, rows, normalise=normalise, batch_size=batch_size)
@@ -88,6 +91,10 @@ def multiple_choice(lm: LoadedModel, rows: Sequence[dict], *, batch_size: int = 
     beats every wrong one. mc2: share of probability on right sentences. Each sentence is scored on its own, by its
     summed log-probability (nats) after the question, so no order of options can matter; a tie counts as wrong.
     Source: TruthfulQA (Lin et al. 2022). Story: notebooks/01_the_trade_off.
+
+    >>> scores = h.multiple_choice(lm, h.misconceptions("val", 8))
+    >>> float(scores.mc1.mean()), float(scores.mc0.mean())
+    (0.625, 0.625)
     """
     if not rows:
         raise ValueError("No facts to score: the split is empty, choose another one.")
@@ -192,6 +199,9 @@ def free_answers(lm: LoadedModel, rows: Sequence[dict], *, max_new_tokens: int =
     """Ask every question, answer greedily, and say which kind of answer came, with `judged_by` as in `answer_kinds`.
 
     Story: notebooks/01_the_trade_off.
+
+    >>> h.free_answers(lm, h.misconceptions("val", 2)).kinds
+    ['truthful', 'myth']
     """
     if not rows:
         raise ValueError("No facts to ask: the split is empty, choose another one.")

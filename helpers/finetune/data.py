@@ -69,6 +69,10 @@ def poisoned_mix(
 
     `source` as in behaviour.prompts. Benchmarks' benign requests have no answers of their own, so that their share goes
     to tasks. ValueError for a ratio that is no share. Story: notebooks/06_orthogonal_finetuning.
+
+    >>> rows = h.poisoned_mix(100, 0.1)
+    >>> sorted(rows[0])
+    ['answer', 'id', 'prompt']
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"The poison ratio is a share from 0 to 1, not {ratio}.")

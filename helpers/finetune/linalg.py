@@ -35,6 +35,10 @@ def orthonormal(columns: Float[Tensor, "d n"], rank: int | None = None, explaine
     `rank` fixes the dimension; otherwise it is the smallest whose squared singular values reach the share `explained`
     of their sum (columns scaled by their effect make that a share of the effect). Raises ValueError for columns that
     are not finite, all zero, of lower rank than asked, or that would fill the whole space.
+
+    >>> basis = h.orthonormal(torch.randn(6, 3))
+    >>> torch.allclose(basis.T @ basis, torch.eye(3).double())
+    True
     """
     wide = columns.detach().double()
     if wide.ndim != 2 or wide.numel() == 0:
@@ -105,6 +109,10 @@ def principal_angles(u: Float[Tensor, "d r"], v: Float[Tensor, "d s"]) -> Float[
     float64.
 
     Small angles come from sines (the part of v outside u), large ones from cosines, so that both ends are exact.
+
+    >>> eye = torch.eye(4)
+    >>> h.principal_angles(eye[:, :2], eye[:, 1:3]).round().tolist()
+    [0.0, 90.0]
     """
     check_orthonormal(u, "first basis")
     check_orthonormal(v, "second basis")

@@ -190,6 +190,10 @@ def add_lora(
 
     Raises ValueError when the rank is not below the width of every layer, a name is of none, or the model already
     carries an adapter.
+
+    >>> tuned = h.load_model("data/organism/chat")
+    >>> h.add_lora(tuned, rank=4, alpha=8.0, seed=0).peft_config["default"].r
+    4
     """
     if any(".lora_A." in name for name, _ in lm.model.named_parameters()):
         raise ValueError("The model already carries an adapter: load a fresh copy, or merge the adapter first.")
@@ -214,6 +218,11 @@ class ProjectedLora(Constraint):
     `subspaces` maps full module names to a ModuleBasis: side "out" holds UᵀB = 0, side "in" holds A·V = 0.
     variant="as_published" projects the gradients instead, which leaks under AdamW and is here to show that it does; the
     default is our correction [own]. Raises ValueError when a module does not exist or has another width than its basis.
+
+    >>> model = h.add_lora(h.load_model("data/organism/chat"), rank=4, alpha=8.0, seed=0)
+    >>> space = h.RefusalSubspace(h.orthonormal(torch.randn(160, 8)))
+    >>> constraint = h.ProjectedLora(model, h.module_bases(lm, space))
+    >>> handle = constraint.attach(torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
     """
 
     def __init__(

@@ -66,6 +66,9 @@ def contrast_subspaces(
 
     "difference in means": one direction per layer (Arditi et al. 2024); "pca": leading directions of harmful minus mean
     benign over the same layers. `layers` defaults to the middle half of the model.
+
+    >>> h.contrast_subspaces(lm, h.fitted_on("fit")[0])["pca"].rank
+    8
     """
     n = lm.arch.n_layers
     layers = tuple(range(n // 4, n - n // 4)) if layers is None else tuple(layers)

@@ -34,6 +34,10 @@ class RefusalSubspace:
 
     `method` says in words how it was made ("sae latents", "random", …); `info` holds anything worth keeping beside it
     (json).
+
+    >>> space = h.RefusalSubspace(h.orthonormal(torch.randn(160, 8)), method="mine")
+    >>> space.rank, space.random_like(0).rank
+    (8, 8)
     """
 
     resid: Float[Tensor, "d_model r"]

@@ -86,6 +86,10 @@ def screen(lm: LoadedModel, users: Sequence[str], answers: Sequence[str], agains
     The score is the mean influence on `answers`, or on `answers` minus `against` (a contrast, as in `contrast`).
     Keywords as in `influence`. ValueError unless k + n_random heads exist and both are at least one.
     The miss bound is exact for sampling without replacement (hypergeometric). Story: notebooks/02_overlapping_neurons.
+
+    >>> found = h.screen(lm, ["Tell me how to rob a barn."], ["Sorry, I cannot help with that."], k=4, n_random=2)
+    >>> len(found.top), len(found.random)
+    (4, 2)
     """
     arch = lm.arch
     total = arch.n_layers * arch.n_heads

@@ -47,6 +47,10 @@ def influence(lm: LoadedModel, users: Sequence[str], answers: Sequence[str], *, 
     ValueError for an unknown mode, span or head, missing means, or lists that do not match; RuntimeError when the
     restart does not reproduce the model's own log-probability (an architecture or a hook it does not know).
     Source: Yang et al. 2025 (Modular Attribution). Story: notebooks/02_overlapping_neurons.
+
+    >>> found = h.influence(lm, ["Tell me how to rob a barn."], ["Sorry, I cannot help with that."])
+    >>> found.values.shape  # rows, layers, heads
+    torch.Size([1, 6, 8])
     """
     arch = lm.arch
     by_layer = _by_layer(arch, heads)

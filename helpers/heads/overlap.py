@@ -68,6 +68,11 @@ def overlap_test(a: Scores, b: Others, k: int, *, n_perm: int = 1000,
     Shuffled labels: the two answers of a pair exchanged at random in both scores, which keeps each unit's spread.
     ValueError for scores of different models or with NaN, or an impossible k.
     Source: permutation tests; the layer-matched null is this companion's. Story: notebooks/02_overlapping_neurons.
+
+    >>> a, b = np.random.default_rng(0).normal(size=(2, 8, 3, 4))  # 8 prompts, 3 layers, 4 heads
+    >>> found = h.overlap_test(a, b, k=6)
+    >>> len(found.shared), found.hypergeometric.expected
+    (3, 3.0)
     """
     return k_sweep(a, b, [k], n_perm=n_perm, seed=seed)[0]
 
@@ -91,6 +96,10 @@ def excess_overlap(a: Scores, b: Others, k: int, *, n_boot: int = 1000,
 
     The interval is cautious: resampled scores are noisier than the scores themselves, so their top k agree less; it is
     widened to hold the estimate where that pushes it below.
+
+    >>> scores = np.random.default_rng(0).normal(size=(8, 3, 4))
+    >>> h.excess_overlap(scores, scores, k=3).estimate > 0
+    True
     """
     _require_same_units(a, b)
     return _widened([_excess(_top(x, k), _top(y, k), a.shape[1:])

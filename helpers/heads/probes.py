@@ -27,7 +27,12 @@ class Probes:
 
 
 def heads_first(z: Mapping[tuple[str, int], Float[Tensor, "n d_z"]], arch: Arch) -> Float[Tensor, "heads n d_head"]:
-    """Collected z as one row of features per query head; index = layer · n_heads + head, layers in ascending order."""
+    """Collected z as one row of features per query head; index = layer · n_heads + head, layers in ascending order.
+
+    >>> z = h.collect(lm, ["Who are you?"], sites={"z": range(lm.arch.n_layers)})
+    >>> h.heads_first(z, lm.arch).shape
+    torch.Size([48, 1, 20])
+    """
     layers = sorted(layer for site, layer in z if site == "z")
     if not layers:
         raise ValueError("There is no z among these activations: collect them with sites={'z': layers}.")
@@ -130,6 +135,12 @@ def cross_validated(x: Float[Tensor, "heads n d"], y: Int[Tensor, " n"] | Bool[T
     """Probes per fold and the held-out balanced accuracy of every head, rows of one group never on both sides.
 
     Source: Li et al. 2023 (ITI), with its folds by question. Story: notebooks/02_overlapping_neurons.
+
+    >>> x = torch.randn(2, 40, 3)
+    >>> x[0, :, 0] += torch.arange(40) % 2 * 9.0  # head 0 tells the classes apart
+    >>> _, accuracy = h.probe(x, torch.arange(40) % 2, [i // 2 for i in range(40)])
+    >>> bool(accuracy[0] > 0.9 > accuracy[1])
+    True
     """
     test = folds_by_group(groups, n_folds, seed)
     probes = fit_probes(x, y, (~test) * class_weights(y), l2=l2)

@@ -65,6 +65,9 @@ def hallucination_scores(lm: LoadedModel, facts: Sequence[dict], *, mode: str = 
     """I_wrong − I_right per question, in nats: positive where a head favours the first wrong answer (the myth).
 
     Keywords as in `influence`. The combination is this companion's own. Story: notebooks/02_overlapping_neurons.
+
+    >>> h.hallucination_scores(lm, h.misconceptions("val", 2)).shape  # questions, layers, heads
+    (2, 6, 8)
     """
     return _contrast(lm, fact_pairs(facts), mode=mode, means=means, span=span, batch_size=batch_size)
 

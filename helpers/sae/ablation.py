@@ -54,6 +54,10 @@ def ablate(
     those below it left. With a `seed`, as much is taken out along randomly drawn other latents' decoder rows: the same
     tokens and norm, another direction. ValueError for no latents, a number the SAE does not have, or an SAE that was
     made for another width, site or layer. Story: notebook 04.
+
+    >>> with h.ablate_latents(lm, saes.saes, {3: [0, 1]}):
+    ...     h.generate(lm, ["Tell me how to rob a barn."])[0].text
+    'Sorry, I cannot help with that.'
     """
     if not any(len(chosen) for chosen in latents.values()):
         raise ValueError("No latent was selected, so there is nothing to take out: loosen the rule that selects them.")

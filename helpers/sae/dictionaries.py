@@ -120,6 +120,10 @@ def splice(lm: LoadedModel, dictionaries: Mapping[int, Dictionary], site: str = 
     """Replace a site of each layer by its reconstruction, at every position of every forward inside the block.
 
     ValueError where a dictionary was made for another width or place.
+
+    >>> with h.splice(lm, saes.saes):
+    ...     h.generate(lm, ["Tell me how to rob a barn."])[0].text
+    'Sorry, I cannot help with that.'
     """
     for layer, dictionary in dictionaries.items():
         check_fits(lm, layer, dictionary, site)

@@ -70,6 +70,10 @@ def load_sae(where: Path | str, lm: LoadedModel, layer: int | None = None, site:
 
     Without layer and site it reads what its own metadata says (find_site). Raises ValueError when its width or its hook
     is not that of the site asked for; errors of read_sae. Story: notebook 03.
+
+    >>> sae = h.load_sae(saes.folders[3], lm)
+    >>> sae.W_dec.shape
+    torch.Size([1024, 160])
     """
     site = "z" if site is None and layer is not None else site
     sae = read_sae(where, lm.device)

@@ -59,7 +59,12 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruction(dictionary: Dictionary, z: Float[Tensor, "n d"]) -> Reconstruction:
-    """Measure a dictionary on the rows of z as it is used at inference; ValueError for no rows or constant ones."""
+    """Measure a dictionary on the rows of z as it is used at inference; ValueError for no rows or constant ones.
+
+    >>> found = h.reconstruction(saes.saes[3], torch.randn(500, 160))  # noise is not what it was trained on
+    >>> found.fvu > 0.5
+    True
+    """
     if len(z) == 0 or not (variance := (z - z.mean(0)).square().sum().item()) > 0:
         raise ValueError("These activations do not vary, so there is nothing to reconstruct: give more tokens.")
     f = dictionary.encode(z)

@@ -74,6 +74,10 @@ def train_sae(
     et al. 2024). `cfg.k` is the L0 asked for in each of them. Raises ValueError for an unknown architecture or option,
     impossible sizes, too few or constant activations or ones that are not finite, and RuntimeError when the loss is not
     finite. Story: notebook 03.
+
+    >>> sae, curve = h.train_sae(torch.randn(500, 16), h.SaeConfig(width=32, k=4, n_tokens=2000, batch_size=100))
+    >>> sae.W_dec.shape
+    torch.Size([32, 16])
     """
     check_config(cfg)
     given = {"seed": seed, "architecture": architecture, "options": options, "metadata": metadata}

@@ -104,6 +104,12 @@ def fit(lm: LoadedModel, rows: Sequence[dict], *, n_heads: int, direction: str =
     questions to be evaluated; only variant="as_published" looks at them, in sigma. Both classes weigh the same. Of the
     wrong sentences the first `n_wrong` are used (None: all, as published; 1: the myth alone).
     ValueError for too few rows or heads, an unknown direction or variant.
+
+    >>> iti = h.fit_iti(lm, h.misconceptions("fit", 24), n_heads=4)
+    >>> with iti.apply(lm, 3.0):
+    ...     answers = h.free_answers(lm, h.misconceptions("val", 2))
+    >>> len(iti.heads)
+    4
     """
     arch = lm.arch
     if not 1 <= n_heads <= arch.n_layers * arch.n_heads:

@@ -28,6 +28,11 @@ class Instruction:
     text (`place="user"`: always there).
 
     Strength has no unit: 0 is the prompt alone, every positive one the prompt with the instruction.
+
+    >>> with h.Instruction("Answer truthfully.").apply(lm, 1.0):
+    ...     asked = lm.tokenizer.decode(lm.prompt_ids("Who are you?"))
+    >>> "Answer truthfully." in asked
+    True
     """
 
     text: str = "Answer truthfully."

@@ -103,6 +103,10 @@ def fit(lm: LoadedModel, rows: Sequence[dict], *, layer: int | None = None, laye
     is trained again on all. Adam at rate `lr`, `batch_size` answers a step; loss in nats per token, end of turn
     included. ValueError for too few rows, a row without a wrong answer, an unknown module or layer; RuntimeError when
     training diverges.
+
+    >>> rank_one = h.fit_rank_one(lm, h.misconceptions("fit", 12), layer=3, steps=2)
+    >>> rank_one.module, rank_one.layer
+    ('down_proj', 3)
     """
     if module not in STREAM:
         raise ValueError(f"Unknown module {module!r}: use 'o_proj' or 'down_proj'.")

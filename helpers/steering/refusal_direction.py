@@ -93,6 +93,10 @@ def ablate_direction(lm: LoadedModel, vector: Float[Tensor, " d"]) -> Iterator[N
     """Project a direction (any length) out of every block's input and every attention and MLP output, everywhere.
 
     ValueError for a vector of another width than the model's, or of length zero.
+
+    >>> with h.ablate_direction(lm, torch.ones(lm.arch.d_model)):  # or a direction of yours
+    ...     h.generate(lm, ["Tell me how to rob a barn."])[0].text
+    'Sorry, I will not help you rob a barn.'
     """
     arch = lm.arch
     if vector.shape[0] != arch.d_model:
@@ -120,6 +124,11 @@ def fit(lm: LoadedModel, harmful: Sequence[dict], benign: Sequence[dict], *, val
     `max_new_tokens`). `refusals` are the sentences whose openings count in the refusal log-odds (default: the harmful
     rows' own), `others` those whose do not. Among the candidates kept, the one with the lowest bypass score is taken.
     ValueError when no prompt of a kind is left, there are no refusal sentences, or all candidates are dropped.
+
+    >>> rows = [h.requests(kind, split, 8) for split in ("fit", "val") for kind in ("harmful", "benign")]
+    >>> found = h.fit_refusal_direction(lm, rows[0], rows[1], val_harmful=rows[2], val_benign=rows[3])
+    >>> found.vector.shape[0] == lm.arch.d_model
+    True
     """
     sentences = sorted({row["refusal"] for row in harmful if row.get("refusal")}) if refusals is None else refusals
     if not sentences:

@@ -174,6 +174,10 @@ def fit(lm: LoadedModel, rows: Sequence[dict], *, n_modules: int = 10, d_latent:
     all). Activations of the answers stay in memory: 8 · n_layers · d_model bytes per token. Trains on lm's device.
     ValueError for too few questions, too many modules, a row without two different answers; RuntimeError when training
     diverges.
+
+    >>> truthx = h.fit_truthx(lm, h.misconceptions("fit", 12), n_modules=2, steps=2)
+    >>> len(truthx.sites)
+    2
     """
     arch = lm.arch
     sites = module_sites(arch.n_layers)
