@@ -1,10 +1,8 @@
 """A lean loop for chat fine-tuning with LoRA: loss on the answer alone, one seed for everything.
 
 Plain LoRA when no subspaces are given; otherwise the constraint of projected_lora after every step. Batches hold rows
-of similar length; right-padded rows need no mask in a causal model, logits start at the first answer.
-Notebook 06 tells the story.
-
-Checkpoints of an interrupted training: parameters and AdamW's moments, in safetensors.
+of similar length; right-padded rows need no mask in a causal model, logits start at the first answer. An interrupted
+training goes on from its checkpoint: parameters and AdamW's moments, in safetensors. Notebook 06 tells the story.
 """
 
 from __future__ import annotations
