@@ -111,7 +111,7 @@ def load_adapter(lm: LoadedModel | Path | str, path: Path | str, *, merge: bool 
     return replace(lm, model=model.merge_and_unload().eval() if merge else model)
 
 
-VARIANTS = ("projected", "as_published")
+PROJECTIONS = ("projected", "as_published")
 
 
 def inside(matrix: Float[Tensor, "a b"], basis: Float[Tensor, "d r"], side: str) -> Float[Tensor, "a b"]:
@@ -139,7 +139,7 @@ class Constraint:
     """
 
     def __init__(self, variant: str = "projected") -> None:
-        if variant not in VARIANTS:
+        if variant not in PROJECTIONS:
             raise ValueError(f'The variant is "projected" or "as_published", not {variant!r}.')
         self.variant = variant
         self._held: list[tuple[nn.Parameter, ModuleBasis, Tensor]] = []

@@ -1,5 +1,5 @@
-"""What can stand in for z or another site: a trained SAE, or dictionaries that learned nothing; the splice that puts one
-in the model, and the untrained baseline.
+"""What can stand in for z or another site: a trained SAE, or dictionaries that learned nothing; the splice that puts
+one in the model, and the untrained baseline.
 
 An untrained dictionary is not blind: the few of its thousand directions that lie nearest to a vector explain a third of
 it, more where more may fire. So a share of unexplained variance says little by itself, and is divided here by what
