@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from helpers.config import COUPLINGS
+from helpers import store
+from helpers.config import COUPLINGS, profile
 from helpers.evaluate.measure import measure
 from helpers.experiments import steering as experiment
 from helpers.experiments import steering_records
@@ -237,6 +238,27 @@ def test_too_few_models_or_no_files_are_one_clear_sentence(tmp_path):
         one.coupled("absent")
     with pytest.raises(ValueError, match="no measure 'benign'"):
         one.values("benign")
+
+
+def test_a_real_models_record_is_measured_under_one_name_and_read_under_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
+    world = profile("organism")
+    p, other = (replace(world, name="colab-t4", data="benchmarks", n_prompts=n) for n in (6, 5))
+    monkeypatch.setattr(experiment.Asked, "of", lambda p: asked(p.n_prompts))
+    with pytest.raises(FileNotFoundError, match="takes hours: run python -m .* steering --profile colab-t4"):
+        steering_records.records_of(p)
+    ran, made = [], record(np.random.default_rng(0)) | {"prompts": asked().digests}
+    monkeypatch.setattr(experiment, "run", lambda p: ran.append(p) or made)
+    experiment.measure_missing(world)
+    assert ran == [], "the embedded models' records are committed"
+    experiment.measure_missing(p)
+    found = steering_records.records_of(p)
+    assert ran == [p] and list(found.of) == [("default", 0)] and found.of["default", 0] == store.plain(made)
+    with pytest.raises(ValueError):  # of other prompts
+        steering_records.records_of(other)
+    monkeypatch.setattr(experiment, "measure_missing", lambda p: ran.append(p.name))
+    experiment.main(["--profile", "colab-t4"])
+    assert ran[-1] == "colab-t4"
 
 
 def test_files_come_back_in_the_order_of_the_dial(tmp_path):
