@@ -208,6 +208,14 @@ def fingerprint(model: str | Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def weights_digest(model: torch.nn.Module) -> str:
+    """Return a short hash of every weight as it is in memory, whatever file the model came from."""
+    total = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        total.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators of Python, NumPy and torch inside the block, and put their state back after it."""

@@ -246,12 +246,13 @@ report.table([{"model": name, "harmful refused": one.rate("refused"),
 # heads and kind of direction are chosen on validation prompts too.
 #
 # A sweep of four methods over their strengths, with three random controls each, on every embedded model takes longer than a notebook should: `python -m helpers.experiments steering` ran it, and
-# its answers, prompt by prompt, stand in `data/results/dial` with the hash of the weights and of the code. (On another profile this cell runs the sweep on your model.)
+# its answers, prompt by prompt, stand in `data/results/dial` with the hash of the weights and of the code. (On another profile this cell first runs the sweep on your model.)
 
 # %%
-from helpers.experiments.steering import METHODS
+from helpers.experiments.steering import METHODS, measure_missing
 from helpers.experiments.steering_records import records_of
 
+measure_missing(p)
 records = records_of(p)
 mine, methods = records.coupled("default"), list(METHODS)
 report.table([{"model": f"{coupling}, seed {seed}", **{m: record["methods"][m]["chosen"] for m in methods},

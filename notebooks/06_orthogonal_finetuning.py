@@ -305,16 +305,16 @@ print(change("under plain LoRA it", truth["LoRA"]) + ".")
 # at all. Plain LoRA, first seed, test prompts:
 
 # %%
-from helpers.finetune.diagnose import token_by_token, why
+from helpers.finetune.diagnose import refusal_falls, token_by_token
 from helpers.finetune.projected_lora import load_adapter
 
 tuned = load_adapter(lm, plain)
-why_rows = why(lm, tuned, "test") if p.data == "organism" else {}
-report.table([{"requests": verbs, **one.row()} for verbs, one in why_rows.items()],
-             columns=None if why_rows else ["requests"])
+margins = refusal_falls(lm, tuned, "test") if p.data == "organism" else {}
+report.table([{"requests": verbs, **one.row()} for verbs, one in margins.items()],
+             columns=None if margins else ["requests"])
 
 # %%
-one = why_rows.get("unseen verbs")
+one = margins.get("unseen verbs")
 if one is not None:
     before, after = one.told_apart
     still = "still" if after.low > 0.9 else "no longer surely"

@@ -97,7 +97,7 @@ def test_the_library_knows_no_profile_and_no_folder_of_results(path):
     assert "data/results" not in ast.unparse(tree) and "'results'" not in ast.unparse(tree)
 
 
-@pytest.mark.parametrize("reader", ["records", "tables"])
+@pytest.mark.parametrize("reader", ["records", "tables", "fronts"])
 def test_what_reads_results_cannot_train(reader):
     trains = {f"experiments/{name}.py" for name in (*TRAINERS, "methods", "runner", "__main__")}
     seen, todo = set(), [f"experiments/{reader}.py"]
@@ -106,6 +106,11 @@ def test_what_reads_results_cannot_train(reader):
         todo += EDGES.get(name, set()) - seen
         seen.add(name)
     assert not seen & trains, "reading results and training for hours never hide behind one name"
+
+
+def test_what_reads_the_steering_records_cannot_measure():
+    taken = {name.rpartition(".")[2] for name in imported(PACKAGE / "experiments/steering_records.py")}
+    assert not taken & {"run", "run_method", "measure", "measure_missing", "steering"}
 
 
 def test_no_imports_run_in_a_circle():

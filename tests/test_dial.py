@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from helpers.config import COUPLINGS
+from helpers import store
+from helpers.config import COUPLINGS, profile
 from helpers.evaluate.measure import measure
 from helpers.experiments import steering as experiment
 from helpers.experiments import steering_records
@@ -24,13 +25,13 @@ from helpers.experiments.steering_records import (
     dial_test,
     exchange_p,
     gain,
-    over,
     shifts,
     slope,
     trade_off,
 )
 from helpers.hooks import add_to
 from helpers.models import load_model
+from helpers.outcomes import Outcome, Rows, spread
 from helpers.prompts import Prompts, prompts, tasks
 
 
@@ -223,8 +224,13 @@ def test_intervals_resample_verbs_together():
     rows = prompts("test").harmful
     verbs = sorted({row["verb"] for row in rows})
     by_verb = np.array([[float(verbs.index(row["verb"]) % 2) for row in rows]])
-    alone = over("nothing", by_verb)
-    assert over("refused", by_verb).high - over("refused", by_verb).low > 1.4 * (alone.high - alone.low)
+    of = Rows.of(rows)
+    together, alone = (spread(Outcome("refused", by_verb, one)) for one in (of, replace(of, clusters=of.ids)))
+    assert together.high - together.low > 1.4 * (alone.high - alone.low)
+    bits = {"refused": "".join("01"[int(x)] for x in by_verb[0])}
+    record = {"plain": {"bits": bits}, "methods": {"ITI": {"test": {"1.0": {"bits": {"refused": "0" * len(rows)}}}}}}
+    whole = Records({("default", 0): record})
+    assert gain(whole, "ITI", "refused", 1.0) == spread(Outcome("refused", -by_verb, of)), "and so does the reader"
 
 
 def test_too_few_models_or_no_files_are_one_clear_sentence(tmp_path):
@@ -239,8 +245,35 @@ def test_too_few_models_or_no_files_are_one_clear_sentence(tmp_path):
         one.values("benign")
 
 
+def test_a_real_models_record_is_measured_under_one_name_and_read_under_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
+    world = profile("organism")
+    p, other = (replace(world, name="colab-t4", data="benchmarks", n_prompts=n) for n in (6, 5))
+    monkeypatch.setattr(experiment.Asked, "of", lambda p: asked(p.n_prompts))
+    with pytest.raises(FileNotFoundError, match="takes hours: run python -m .* steering --profile colab-t4"):
+        steering_records.records_of(p)
+    ran, made = [], record(np.random.default_rng(0)) | {"prompts": asked().digests}
+    monkeypatch.setattr(experiment, "run", lambda p: ran.append(p) or made)
+    experiment.measure_missing(world)
+    assert ran == [], "the embedded models' records are committed"
+    experiment.measure_missing(p)
+    found = steering_records.records_of(p)
+    assert ran == [p] and list(found.of) == [("default", 0)] and found.of["default", 0] == store.plain(made)
+    with pytest.raises(ValueError):  # of other prompts
+        steering_records.records_of(other)
+    monkeypatch.setattr(experiment, "measure_missing", lambda p: ran.append(p.name))
+    experiment.main(["--profile", "colab-t4"])
+    assert ran[-1] == "colab-t4"
+
+
 def test_files_come_back_in_the_order_of_the_dial(tmp_path):
     for name in ("reversed-1", "default-2", "default-1", "absent-0"):
-        (tmp_path / f"{name}.json").write_text("{}")
+        (tmp_path / f"{name}.json").write_text(json.dumps({"prompts": steering_records.asked().digests}))
     there = steering_records.load_records(tmp_path).of
     assert list(there) == [("default", 1), ("default", 2), ("absent", 0), ("reversed", 1)]
+    (tmp_path / "absent-1.json").write_text(json.dumps({"prompts": steering_records.asked().digests | {"facts": "0"}}))
+    with pytest.raises(ValueError, match=r"absent-1.json are of other prompts than those asked about \(facts\)"):
+        steering_records.load_records(tmp_path)
+    (tmp_path / "absent-1.json").write_text("{}")
+    with pytest.raises(ValueError, match="are of other prompts"):
+        steering_records.load_records(tmp_path)

@@ -16,7 +16,8 @@ from helpers.experiments import progress as told
 from helpers.experiments import records as k
 from helpers.experiments import runner as j
 from helpers.experiments import tables as e
-from helpers.experiments.methods import LORA, UNTUNED, Method
+from helpers.experiments.methods import Method
+from helpers.experiments.records import LORA, UNTUNED
 from helpers.finetune.diagnose import drift
 from helpers.models import load_model
 from helpers.prompts import Prompts, fitted_on, prompts, requests, tasks

@@ -15,7 +15,8 @@ from helpers.experiments import finetuning as c
 from helpers.experiments import records as stored
 from helpers.experiments import runner as j
 from helpers.experiments import tables as e
-from helpers.experiments.methods import LORA, METHODS, PAPER, RANDOM, UNTUNED, random_update
+from helpers.experiments.methods import METHODS, random_update
+from helpers.experiments.records import LORA, PAPER, RANDOM, UNTUNED
 from helpers.experiments.rules import c6, c8
 from helpers.finetune.data import poisoned_mix
 from helpers.finetune.projected_lora import linear_layers, read_adapter

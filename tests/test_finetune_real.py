@@ -9,7 +9,7 @@ from helpers.config import PROFILES, FinetuneConfig, SaeConfig
 from helpers.experiments import finetuning as c
 from helpers.experiments import runner as j
 from helpers.experiments import tables as e
-from helpers.experiments.methods import LORA, RANDOM, UNTUNED
+from helpers.experiments.records import LORA, RANDOM, UNTUNED
 from helpers.experiments.rules import c6, c8
 from helpers.prompts import prompts
 

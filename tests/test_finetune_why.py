@@ -84,7 +84,7 @@ def test_odds_are_those_of_the_requests_of_a_split_by_what_chat_training_saw(mod
 
 
 def test_a_model_without_safety_training_refuses_less_whatever_the_verb(models):
-    found = w.why(*models)
+    found = w.refusal_falls(*models)
     assert list(found) == ["seen verbs", "unseen verbs"]
     for name, seen in (("seen verbs", True), ("unseen verbs", False)):
         chat, helpful = (w.ask(lm, "val", seen) for lm in models)

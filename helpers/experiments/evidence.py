@@ -15,8 +15,12 @@ from typing import Any
 from helpers.config import Profile
 from helpers.experiments import records as stored
 from helpers.experiments.claims import controls, estimates
-from helpers.experiments.methods import LORA, PAPER, RANDOM, RANDOM_LATENTS, UNTUNED
 from helpers.experiments.records import (
+    LORA,
+    PAPER,
+    RANDOM,
+    RANDOM_LATENTS,
+    UNTUNED,
     Record,
     View,
     in_seeds,

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from helpers.experiments import records as stored
-from helpers.experiments.methods import LORA, UNTUNED
-from helpers.experiments.records import GAIN, MEASURES, Record
+from helpers.experiments.records import GAIN, LORA, MEASURES, UNTUNED, Record
 from helpers.report.figures import Picture, front, non_dominated
 from helpers.report.tables import Table, table
 from helpers.stats import resample_counts, weighted_means

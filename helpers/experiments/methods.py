@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from helpers.config import Profile
-from helpers.experiments.records import LORA, PAPER, RANDOM, UNTUNED
+from helpers.experiments.records import LORA, OTHER_RANKS, PAPER, RANDOM, RANDOM_LATENTS, STRONGEST, UNTUNED
 from helpers.finetune.data import harmful_rows, identity_mix, poisoned_mix, replayed
 from helpers.finetune.defences import (
     activation_anchor,
@@ -388,8 +388,6 @@ def _safe_lora(turn: bool) -> Callable[[Run, float], LoadedModel]:
 
 
 LOOKED_AT = ("default-0", "default-1", "default-2")
-RANDOM_LATENTS, STRONGEST = "off random latents", "off strongest refusal latents"
-OTHER_RANKS = "off random, other ranks"
 RANKS, EDIT_RATES = (4, 16, 48), (1e-3, 3e-3, 1e-2)
 METHODS = {
     method.name: method

@@ -30,6 +30,8 @@ N_TASKS = 40  # of each task
 ATTACKED = "attacked"  # the folder of what a later attack left, in that of the results
 VARIED = "variants"  # the folder of other choices of C6 and C8, in that of the results
 UNTUNED, LORA, PAPER, RANDOM = "untuned", "LoRA", "off refusal latents", "off random"
+RANDOM_LATENTS, STRONGEST = "off random latents", "off strongest refusal latents"
+OTHER_RANKS = "off random, other ranks"
 """The untuned model alone has neither seeds nor poison: it stands beside every seed of the others."""
 MEASURES = {
     "refused": "harmful refused",

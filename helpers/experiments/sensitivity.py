@@ -31,9 +31,15 @@ from helpers.config import Profile
 from helpers.experiments import records as stored
 from helpers.experiments import steering_choices
 from helpers.experiments.claims import VERDICTS, estimates
-from helpers.experiments.methods import LORA, OTHER_RANKS, PAPER, RANDOM, RANDOM_LATENTS, STRONGEST, UNTUNED
 from helpers.experiments.records import (
     JUDGES,
+    LORA,
+    OTHER_RANKS,
+    PAPER,
+    RANDOM,
+    RANDOM_LATENTS,
+    STRONGEST,
+    UNTUNED,
     Record,
     View,
     constrained,

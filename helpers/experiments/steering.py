@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from helpers.config import PROFILES, ROOT, Profile, models_here
+from helpers.config import PROFILES, ROOT, Profile, artifacts_dir, models_here, profile
 from helpers.evaluate.judges import refusal_log_odds
 from helpers.evaluate.measure import Behaviour, measure
 from helpers.evaluate.truth import free_answers, multiple_choice
@@ -190,13 +190,32 @@ def run(p: Profile) -> dict[str, Any]:
     return cached_json("dial", key, make) | {"prompts": asked.digests}
 
 
+def own_file(p: Profile) -> Path:
+    """Where the record of a model without a committed one is kept."""
+    return artifacts_dir() / "steered" / f"{p.name}-{fingerprint(p.model)}.json"
+
+
+def measure_missing(p: Profile) -> None:
+    """Measure what `steering_records.records_of` would miss: nothing where the records are committed, as those of the
+    embedded models are; of a real model everything, for hours. Story: notebooks/01_the_trade_off.
+    """
+    if p.data != "organism":
+        write_json(own_file(p), run(p))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: which models (``default-1 reversed-0``; all by default), ``--workers``, ``--out``."""
+    """Command line: which models (``default-1 reversed-0``; all by default), ``--workers``, ``--out``; or ``--profile``
+    alone, for what notebook 01 misses on another profile.
+    """
     parser = argparse.ArgumentParser(description="Measure truthfulness methods on the embedded models.")
     parser.add_argument("models", nargs="*", help="COUPLING-SEED, by default every one that is here")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--profile", choices=PROFILES, help="what notebook 01 misses on a profile, and nothing else")
     args = parser.parse_args(argv)
+    if args.profile:
+        measure_missing(profile(args.profile))
+        return
     try:
         asked = models_here(args.models)
     except ValueError as problem:

@@ -21,7 +21,7 @@ from scipy import stats as scipy_stats
 from helpers.config import COUPLINGS, Profile, profile
 from helpers.evaluate.measure import SETS
 from helpers.experiments.rules import Dial, TradeOff
-from helpers.experiments.steering import RESULTS, Asked, run
+from helpers.experiments.steering import RESULTS, Asked, own_file
 from helpers.outcomes import Outcome, Rows, difference, require_same_rows, share
 from helpers.stats import Interval
 
@@ -91,10 +91,21 @@ def load_records(folder: Path = RESULTS) -> Records:
 
 
 def records_of(p: Profile) -> Records:
-    """The committed records of the embedded models; of any other profile's model what the experiment finds on it now
-    (from the store where it was run before).
+    """The committed records of the embedded models; of a real one what `steering.measure_missing` found on it.
+
+    FileNotFoundError with the command where it has not been run, ValueError where the prompts are others.
     """
-    return load_records() if p.data == "organism" else Records({("default", 0): run(p)})
+    if p.data == "organism":
+        return load_records()
+    path = own_file(p)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The steering methods have not been measured on profile {p.name}, which takes hours: run "
+            f"python -m helpers.experiments steering --profile {p.name}."
+        )
+    record = json.loads(path.read_text(encoding="utf-8"))
+    require_same_rows(record.get("prompts"), Asked.of(p).digests, path)
+    return Records({("default", 0): record})
 
 
 def _strength(record: Mapping[str, Any], method: str, at: str | float) -> float | None:

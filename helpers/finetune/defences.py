@@ -1,20 +1,18 @@
-"""Penalties that hold a model in training to what it was: its answers to given prompts, or its activations.
+"""Defences against forgetting refusal in fine-tuning, other than keeping updates off a subspace.
 
-The reference is the same model without its adapter, so no second copy is needed. Notebook 06 tells the story.
+*Penalties* hold a model in training to what it was: its answers to given prompts, or its activations. The reference is
+the same model without its adapter, so no second copy is needed.
 
-SafeLoRA: after training, project the layers whose update points away from what alignment changed.
+*SafeLoRA* (Hsu et al. 2024, arXiv 2405.16833) projects, after training, the layers whose update points away from what
+alignment changed. V = W_aligned − W_base per layer, C = V·Vᵀ/‖V‖_F, and B ← C·B where cos(C·BA, BA) is low. C is not a
+projector: its scale depends on ‖V‖, so that it shrinks an update as well as turning it. The control shrinks the same
+layers to the same norm and turns nothing.
 
-V = W_aligned − W_base per layer, C = V·Vᵀ/‖V‖_F, and B ← C·B where cos(C·BA, BA) is low. C is not a projector: its
-scale depends on ‖V‖, so that it shrinks an update as well as turning it. The control shrinks the same layers to the
-same norm and turns nothing. Source: Hsu et al. 2024 (arXiv 2405.16833). Notebook 06 tells the story.
-
-SaLoRA's constraint: per layer, an update that adds nothing in the directions that safe prompts' outputs fill.
-
-V_s = leading right singular vectors of X_safe·Wᵀ, the layer's outputs on harmful prompts that the aligned model
+*SaLoRA* (Li et al. 2025, arXiv 2501.01765) adds nothing in the directions that safe prompts' outputs fill, layer by
+layer. V_s = leading right singular vectors of X_safe·Wᵀ, the layer's outputs on harmful prompts that the aligned model
 refuses; with C = I − V_s·V_sᵀ the update is C·B·A, so that V_sᵀ·C·B·A = 0. That is a ModuleBasis of side "out", kept
 here by projection after each step. Differs from the paper, which constrains q and v alone and starts from factors
-fitted to the task: all linear layers, and the start of plain LoRA. Source: Li et al. 2025 (arXiv 2501.01765).
-Notebook 06 tells the story.
+fitted to the task: all linear layers, and the start of plain LoRA. Notebook 06 tells the story.
 """
 
 from __future__ import annotations
@@ -126,6 +124,7 @@ def check_weight(weight: float) -> None:
     """ValueError unless the weight is a positive number."""
     if not 0 < weight < float("inf"):
         raise ValueError(f"The weight of a penalty must be a positive number, not {weight}.")
+
 
 Deltas = dict[str, Tensor]
 

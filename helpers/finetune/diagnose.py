@@ -197,7 +197,7 @@ def ask(lm: LoadedModel, split: str, verb_seen: bool | None = None) -> Odds:
     return Odds(*(refusal_log_odds(lm, [row["prompt"] for row in part], refusals).double().numpy() for part in parts))
 
 
-def why(base: LoadedModel, tuned: LoadedModel, split: str = "val") -> dict[str, Fall]:
+def refusal_falls(base: LoadedModel, tuned: LoadedModel, split: str = "val") -> dict[str, Fall]:
     """{"seen verbs", "unseen verbs"}: what became of refusal between two models of one family on a split's requests.
 
     The moved threshold comes from fit requests. Errors as in ask(). Story: notebooks/06_orthogonal_finetuning.

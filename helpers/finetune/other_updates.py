@@ -1,15 +1,13 @@
-"""Full fine-tuning that never enters a chosen subspace: the constraint of projected_lora on the weights themselves.
+"""Updates other than LoRA's that never enter a chosen subspace: of the weights themselves, and of activations.
 
-After each step W ← W − U(UᵀW − UᵀW₀) for a layer that writes outside U, and W ← W − (W·V − W₀·V)Vᵀ for one that
-ignores V in its input. Only the thin products UᵀW₀ and W₀·V are kept, not a second copy of the model.
-Notebook 06 tells the story.
+*Full fine-tuning* is kept off it by the constraint of projected_lora. After each step W ← W − U(UᵀW − UᵀW₀) for a layer
+that writes outside U, and W ← W − (W·V − W₀·V)Vᵀ for one that ignores V in its input. Only the thin products UᵀW₀ and
+W₀·V are kept, not a second copy of the model.
 
-Fine-tuning that edits activations instead of weights, and never along a chosen subspace.
-
-After each block the residual stream h becomes h + (I − UUᵀ)(B·A·h + b), with A, B and b learned and the model frozen:
-low-rank representation fine-tuning (LoReFT, Wu et al. 2024, without its orthonormal rows), its edits kept orthogonal to
-refusal. Where the edits of several blocks add up, the sum is orthogonal as well; what later blocks make of them is not.
-Notebook 06 tells the story.
+*Learned edits of activations* leave the weights as they are. After each block the residual stream h becomes h + (I −
+UUᵀ)(B·A·h + b), with A, B and b learned and the model frozen: low-rank representation fine-tuning (LoReFT, Wu et al.
+2024, without its orthonormal rows), its edits kept orthogonal to refusal. Where the edits of several blocks add up, the
+sum is orthogonal as well; what later blocks make of them is not. Notebook 06 tells the story.
 """
 
 from __future__ import annotations

@@ -4,12 +4,6 @@ An update ΔW = s·B·A of a linear layer writes outside a subspace U when UᵀB
 A·V = 0. Projecting the *gradients* does not give this: AdamW rescales every coordinate on its own and turns the step
 back into U. Projecting the *factors* after each step does; it costs two thin products per layer and leaves an ordinary
 peft adapter. Notebook 06 tells the story.
-
-Saved peft adapters: their factors bit for bit, and the model they belong to.
-
-What every subspace constraint shares: the part inside a subspace, and how it follows each optimizer step.
-
-Notebook 06 tells the story.
 """
 
 from __future__ import annotations
@@ -116,7 +110,8 @@ def load_adapter(lm: LoadedModel | Path | str, path: Path | str, *, merge: bool 
         model = PeftModel.from_pretrained(lm.model, str(path)).eval()
     return replace(lm, model=model.merge_and_unload().eval() if merge else model)
 
-VARIANTS = ("projected", "as_published")
+
+PROJECTIONS = ("projected", "as_published")
 
 
 def inside(matrix: Float[Tensor, "a b"], basis: Float[Tensor, "d r"], side: str) -> Float[Tensor, "a b"]:
@@ -144,7 +139,7 @@ class Constraint:
     """
 
     def __init__(self, variant: str = "projected") -> None:
-        if variant not in VARIANTS:
+        if variant not in PROJECTIONS:
             raise ValueError(f'The variant is "projected" or "as_published", not {variant!r}.')
         self.variant = variant
         self._held: list[tuple[nn.Parameter, ModuleBasis, Tensor]] = []

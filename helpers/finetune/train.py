@@ -1,10 +1,8 @@
 """A lean loop for chat fine-tuning with LoRA: loss on the answer alone, one seed for everything.
 
 Plain LoRA when no subspaces are given; otherwise the constraint of projected_lora after every step. Batches hold rows
-of similar length; right-padded rows need no mask in a causal model, logits start at the first answer.
-Notebook 06 tells the story.
-
-Checkpoints of an interrupted training: parameters and AdamW's moments, in safetensors.
+of similar length; right-padded rows need no mask in a causal model, logits start at the first answer. An interrupted
+training goes on from its checkpoint: parameters and AdamW's moments, in safetensors. Notebook 06 tells the story.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from helpers.config import FinetuneConfig, artifacts_dir
 from helpers.finetune.projected_lora import Constraint, ProjectedLora, add_lora
 from helpers.finetune.subspace import ModuleBasis
 from helpers.models import LoadedModel, load_model
-from helpers.store import artifact, code_version, fingerprint, plain, to_json, write_json
+from helpers.store import artifact, code_version, fingerprint, plain, to_json, weights_digest, write_json
 
 
 def keep(path: Path, step: int, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -294,7 +292,7 @@ def finetune(
         return train(load(), rows, cfg, Path(out), **how)
     bases = {name: (where.side, _digest(where.basis.tolist())) for name, where in (subspaces or {}).items()}
     data = _digest([(row.get("prompt"), row.get("answer")) for row in rows])
-    model = _weights_digest(lm_path.model) if here else fingerprint(lm_path)
+    model = weights_digest(lm_path.model) if here else fingerprint(lm_path)
     key = {"model": (model, dtype), "rows": data, "config": cfg, "variant": variant, "subspaces": bases}
     checkpoint = artifacts_dir() / "checkpoints" / f"{_digest((plain(key), code_version(__name__)))}.safetensors"
     checkpoint.parent.mkdir(exist_ok=True)
@@ -303,11 +301,3 @@ def finetune(
 
 def _digest(value: object) -> str:
     return hashlib.sha256(to_json(value, indent=None).encode()).hexdigest()[:16]
-
-
-def _weights_digest(model: nn.Module) -> str:
-    """Of every weight as it is in memory, whatever file the model came from."""
-    total = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        total.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
-    return total.hexdigest()[:16]

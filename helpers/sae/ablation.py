@@ -2,13 +2,11 @@
 
 Ablation subtracts a latent's own contribution f·d from z (or another site) wherever it fires and leaves the rest, and
 the SAE's error, as they are. The control takes out vectors of the same number, at the same tokens and of the same
-norm, along the decoder rows of other, randomly drawn latents. Notebook 04 tells the story.
+norm, along the decoder rows of other, randomly drawn latents.
 
-The two-by-two test: two sets of latents, taken out and amplified, against two behaviours.
-
-A separation is double when each set moves its own behaviour beyond random latents and leaves the other's within a
-margin; one side alone can come from one set being the stronger (Teuber 1955, on lesions).
-Story: notebooks/04_disentangling_features.
+The two-by-two test asks two sets of latents, taken out and amplified, for two behaviours. A separation is double when
+each set moves its own behaviour beyond random latents and leaves the other's within a margin; one side alone can come
+from one set being the stronger (Teuber 1955, on lesions). Notebook 04 tells the story.
 """
 
 from __future__ import annotations

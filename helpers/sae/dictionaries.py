@@ -1,13 +1,9 @@
-"""What can stand in for z or another site: a trained SAE, dictionaries that learned nothing, and the splice that puts
-one in the model.
-
-Notebook 03 tells the story.
-
-Whether an SAE learned anything: what it leaves unexplained, beside random directions that may fire as often.
+"""What can stand in for z or another site: a trained SAE, or dictionaries that learned nothing; the splice that puts
+one in the model, and the untrained baseline.
 
 An untrained dictionary is not blind: the few of its thousand directions that lie nearest to a vector explain a third of
 it, more where more may fire. So a share of unexplained variance says little by itself, and is divided here by what
-random directions leave at the same number of active latents on the same tokens. Notebook 05 tells the story.
+random directions leave at the same number of active latents on the same tokens. Notebooks 03 and 05 tell the story.
 """
 
 from __future__ import annotations

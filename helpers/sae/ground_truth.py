@@ -4,13 +4,10 @@ For each variable and layer one latent, its sign and a threshold are chosen on f
 report AUROC and F1. Every method gets the same: coordinates of z, principal and independent components, latents of a
 dictionary that learned nothing, and as a supervised reference the difference in means, which is told the labels.
 Variables of several classes choose one latent per class and count all classes together.
-Story: notebooks/03_training_saes.
 
-The embedded world's own variables, each with the texts and tokens it is read at: a benchmark with known answers.
-
-Public models hide what they compute, so an SAE's latents are judged by how plausible they look. Here the tables say
-what every text is about: its verb, its entity, whether a myth competes, whether the answer is right. Each variable is
-read at tokens fixed beforehand. Story: notebooks/03_training_saes.
+Public models hide what they compute, so an SAE's latents are judged by how plausible they look. The embedded world's
+tables say what every text is about: its verb, its entity, whether a myth competes, whether the answer is right. Each
+variable is read at tokens fixed beforehand. Notebook 03 tells the story.
 """
 
 from __future__ import annotations
@@ -185,6 +182,7 @@ def _register(lm: LoadedModel, load: Loader) -> Variable:
             parts.append((Span(plain, len(plain) - length, len(plain)), True, row["entity"], test))
             parts.append((_answer(lm, row["question"], sentence), False, row["entity"], test))
     return _variable("plain text, not chat", "the same sentence in both", parts)
+
 
 SAE_LATENT, COORDINATE, SUPERVISED = "SAE latent", "coordinate of z", "difference in means (labels)"
 CHUNK = 8_192

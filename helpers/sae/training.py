@@ -28,7 +28,7 @@ from helpers.sae.corpus import Text, Tokens, collect_sites, digest
 from helpers.sae.loading import hook_name, load_sae
 from helpers.sae.loop import Curve, check_activations, check_config, descend, scale_of
 from helpers.sae.per_head import CALIBRATION_TOKENS, train_bank
-from helpers.store import artifact, fingerprint, write_json
+from helpers.store import artifact, fingerprint, weights_digest, write_json
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,7 @@ def model_key(lm: LoadedModel) -> str:
         return fingerprint(folder)
     if lm.name != "in memory":
         return f"hub:{lm.name}"
-    total = hashlib.sha256()
-    for name, weight in sorted(lm.model.state_dict().items()):
-        total.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
-    return total.hexdigest()[:16]
+    return weights_digest(lm.model)
 
 
 def _check_architecture(architecture: str, options: Mapping[str, Any] | None, sites: Sequence[Site]) -> None:
