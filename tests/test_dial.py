@@ -24,13 +24,13 @@ from helpers.experiments.steering_records import (
     dial_test,
     exchange_p,
     gain,
-    over,
     shifts,
     slope,
     trade_off,
 )
 from helpers.hooks import add_to
 from helpers.models import load_model
+from helpers.outcomes import Outcome, Rows, spread
 from helpers.prompts import Prompts, prompts, tasks
 
 
@@ -223,8 +223,13 @@ def test_intervals_resample_verbs_together():
     rows = prompts("test").harmful
     verbs = sorted({row["verb"] for row in rows})
     by_verb = np.array([[float(verbs.index(row["verb"]) % 2) for row in rows]])
-    alone = over("nothing", by_verb)
-    assert over("refused", by_verb).high - over("refused", by_verb).low > 1.4 * (alone.high - alone.low)
+    of = Rows.of(rows)
+    together, alone = (spread(Outcome("refused", by_verb, one)) for one in (of, replace(of, clusters=of.ids)))
+    assert together.high - together.low > 1.4 * (alone.high - alone.low)
+    bits = {"refused": "".join("01"[int(x)] for x in by_verb[0])}
+    record = {"plain": {"bits": bits}, "methods": {"ITI": {"test": {"1.0": {"bits": {"refused": "0" * len(rows)}}}}}}
+    whole = Records({("default", 0): record})
+    assert gain(whole, "ITI", "refused", 1.0) == spread(Outcome("refused", -by_verb, of)), "and so does the reader"
 
 
 def test_too_few_models_or_no_files_are_one_clear_sentence(tmp_path):
@@ -241,6 +246,12 @@ def test_too_few_models_or_no_files_are_one_clear_sentence(tmp_path):
 
 def test_files_come_back_in_the_order_of_the_dial(tmp_path):
     for name in ("reversed-1", "default-2", "default-1", "absent-0"):
-        (tmp_path / f"{name}.json").write_text("{}")
+        (tmp_path / f"{name}.json").write_text(json.dumps({"prompts": steering_records.asked().digests}))
     there = steering_records.load_records(tmp_path).of
     assert list(there) == [("default", 1), ("default", 2), ("absent", 0), ("reversed", 1)]
+    (tmp_path / "absent-1.json").write_text(json.dumps({"prompts": steering_records.asked().digests | {"facts": "0"}}))
+    with pytest.raises(ValueError, match=r"absent-1.json are of other prompts than those asked about \(facts\)"):
+        steering_records.load_records(tmp_path)
+    (tmp_path / "absent-1.json").write_text("{}")
+    with pytest.raises(ValueError, match="are of other prompts"):
+        steering_records.load_records(tmp_path)
