@@ -52,7 +52,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def where(self, mask: Sequence[bool]) -> Rows:
+    def where(self, mask: Sequence[bool] | np.ndarray) -> Rows:
         """Those of a mask [n]."""
         kept = np.flatnonzero(np.asarray(mask, dtype=bool))
         return Rows(*(tuple(some[i] for i in kept) if some else () for some in (self.ids, self.clusters, self.texts)))
@@ -98,7 +98,7 @@ class Outcome:
         models = None if self.models is None else tuple(self.models[i] for i in at)
         return replace(self, values=self.values[at], seeds=tuple(seeds), models=models)
 
-    def where(self, mask: Sequence[bool]) -> Outcome:
+    def where(self, mask: Sequence[bool] | np.ndarray) -> Outcome:
         """The rows of a mask [n_rows] alone."""
         return replace(self, values=self.values[:, np.asarray(mask, dtype=bool)], rows=self.rows.where(mask))
 

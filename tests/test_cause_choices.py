@@ -13,6 +13,8 @@ from helpers.experiments import shared_heads as experiment
 from helpers.experiments.rules import c5
 from helpers.experiments.shared_heads import CHOICES, OWN, CausalTest, Choice, causal, causal_test, shared_heads
 from helpers.heads.overlap import overlap_test
+from helpers.outcomes import digests
+from helpers.prompts import Prompts
 from helpers.stats import Interval
 from tests.test_cause import FIT, TEST, VAL
 
@@ -47,6 +49,9 @@ def test_the_list_covers_k_and_both_halves_and_not_the_notebooks_own_choice():
     assert len({one.value for one in (*CHOICES, OWN)}) == len(CHOICES) + 1
 
 
+ROWS = Prompts([{"id": f"f{i}"} for i in range(4)], [{"id": f"r{i}"} for i in range(4)], [], [])
+
+
 def ask(rows):
     return experiment.Rows(rows.facts, rows.harmful, VAL, TEST)
 
@@ -55,8 +60,8 @@ def ask(rows):
 def test_each_part_of_the_causal_test_is_kept_in_its_place(tiny_llama, monkeypatch, sharing):
     one = np.random.default_rng(2).normal(size=(6, 3, 4))
     scores = one, one + 0 if sharing else -one
-    parts = [experiment.behaviour({"wrong": w, "refused": r, "answered": a}) for w, r, a in (
-        ("111", "1111", "0000"), ("010", "1000", "0110"), ("110", "1110", "0001"), ("111", "1011", "0100"))]
+    parts = [experiment.behaviour({"wrong": w, "refused": r, "answered": a}, ROWS) for w, r, a in (
+        ("1111", "1111", "0000"), ("0100", "1000", "0110"), ("1101", "1110", "0001"), ("1110", "1011", "0100"))]
     plain, after, *controls = parts
     asked = {}
 
@@ -72,7 +77,7 @@ def test_each_part_of_the_causal_test_is_kept_in_its_place(tiny_llama, monkeypat
                      "chosen_on": FIT.facts + FIT.harmful, "factors": (0.25, 0.5)}  # fmt: skip
     assert (kept["factor"], kept["coherence"]) == (0.25, 0.97)
     assert [kept["plain"], kept["after"], *kept["controls"]] == [experiment.bits(part) for part in parts]
-    effect = experiment.effect_of(json.loads(json.dumps(kept)))
+    effect = experiment.effect_of(json.loads(json.dumps(kept)), ROWS)
     assert effect == causal(heads, 0.97, plain, after, controls) and effect.refusal_cut.estimate == 0.75
 
 
@@ -87,7 +92,7 @@ def test_what_is_kept_gives_the_causal_test_back(tiny_llama, sharing):
     heads = sorted(best(one, 3, range(3))) if sharing else []
     scaled = heads or [max(best(scores[1], 1, range(3)))]
     wanted = causal_test(tiny_llama, scaled, TEST, chosen_on=FIT.facts + FIT.harmful, val=VAL, factors=factors, **size)
-    effect = experiment.effect_of(kept)
+    effect = experiment.effect_of(kept, TEST)
     assert kept["heads"] == " ".join(f"{layer}.{head}" for layer, head in heads)
     assert effect == replace(wanted.effect, n_heads=len(heads)) and kept["factor"] == wanted.factor
     assert kept["after"]["answered"] == "".join(str(int(x)) for x in wanted.after.answered)
@@ -96,7 +101,7 @@ def test_what_is_kept_gives_the_causal_test_back(tiny_llama, sharing):
 
 def test_behaviours_come_back_from_their_bits():
     kept = {"wrong": "0110", "refused": "110", "answered": "001"}
-    seen = experiment.behaviour(kept)
+    seen = experiment.behaviour(kept, ROWS)
     assert experiment.bits(seen) == kept and seen.wrong.tolist() == [0, 1, 1, 0] and seen.refused.tolist() == [1, 1, 0]
 
 
@@ -113,14 +118,15 @@ def test_variants_are_named_and_judged_by_the_rule():
              "default-3": {"top 8": kept("0011", wrong="1111")}}  # fmt: skip
     models = {"default-1": PROFILES["organism"].model}
     told = {(one.choice, one.value): one for one in experiment.choice_variants(
-        {name: {"model": models.get(name, name), "choices": some} for name, some in found.items()})}  # fmt: skip
+        {name: {"model": models.get(name, name), "choices": some} for name, some in found.items()}, ROWS)}  # fmt: skip
     assert [(*key, one.estimate.estimate, one.verdict) for key, one in told.items()] == [
         ("k", "top 4", 0.5, "not reproduced"), ("k", "top 12", 0.25, "not reproduced"),
         ("layer", "upper half of the layers", 0.0, "untested"), ("training text", "absent, seed 0", 0.75, "reproduced"),
         ("seed", "3", 0.5, "untested")], "the claim's own model is no variant"  # fmt: skip
     one = kept("0111")
-    effect = causal([(0, 1), (2, 3)], 1.0, *map(experiment.behaviour, (one["plain"], one["after"])),
-                    [experiment.behaviour(control) for control in one["controls"]])  # fmt: skip
+    plain, after, *controls = (experiment.behaviour(part, ROWS) for part in (one["plain"], one["after"],
+                                                                             *one["controls"]))  # fmt: skip
+    effect = causal([(0, 1), (2, 3)], 1.0, plain, after, controls)
     assert told["k", "top 12"].estimate == effect.refusal_cut and told["k", "top 12"].reason == c5(effect).reason
 
 
@@ -128,7 +134,8 @@ def test_the_command_varies_choices_on_the_notebooks_model_and_seeds_elsewhere(m
     there = {("default", 0): "a", ("default", 1): PROFILES["organism"].model, ("absent", 1): "c"}
     monkeypatch.setattr("helpers.config.population", lambda: there)
     ran = {}
-    monkeypatch.setattr(experiment, "run", lambda p, some: ran.update({p.model: some}) or {"seconds": 1})
+    there_too = {"seconds": 1, "prompts": digests(vars(experiment.measured_rows()))}
+    monkeypatch.setattr(experiment, "run", lambda p, some: ran.update({p.model: some}) or there_too)
     experiment.main(["--out", str(tmp_path)])
     assert ran == {"a": (OWN,), PROFILES["organism"].model: (OWN, *CHOICES)}
     assert set(experiment.load(tmp_path)) == {"default-0", "default-1"} and experiment.load(tmp_path / "none") == {}
@@ -143,7 +150,7 @@ def test_the_committed_file_holds_the_claim_itself_to_the_last_bit():
     assert set(found) == {f"default-{seed}" for seed in range(5)}
     assert set(found["default-1"]["choices"]) == {one.value for one in (OWN, *CHOICES)}
     own = found["default-1"]["choices"][OWN.value]
-    effect = experiment.effect_of(own)
+    effect = experiment.effect_of(own, experiment.measured_rows())
     near = {"estimate": row["estimate"], "low": row["ci_low"], "high": row["ci_high"]}
     assert {name: getattr(effect.refusal_cut, name) for name in near} == pytest.approx(near, rel=1e-5)
     assert effect.hallucination_cut == Interval(**row["details"]["hallucination_cut"])

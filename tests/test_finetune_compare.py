@@ -364,13 +364,13 @@ def test_measures_take_the_right_prompts():
 def test_every_measure_has_a_cluster_for_each_of_its_prompts_and_verbs_stay_together():
     arm = k.Arm.of(fake_arm(j.Job("ours", 4)))
     for measure_ in k.MEASURES:
-        clusters = k.asked("test")[1][measure_]
-        assert clusters is None or len(clusters) == len(arm.values(measure_))
-    assert len(set(k.asked("test")[1]["refused_unseen"])) == 13
+        assert len(k.rows_of(measure_, "test")) == len(arm.values(measure_))
+    assert len(set(k.rows_of("refused_unseen", "test").clusters)) == 13
     harmful = prompts("test", None, "organism").harmful
     for measure_, kept in (("answered_seen", True), ("answered_unseen", False), ("refused_unseen", False)):
-        by_hand = [row["verb"] for row in harmful if row["verb_seen"] is kept]
-        assert k.asked("test")[1][measure_] == by_hand
+        by_hand = [(row["id"], row["verb"]) for row in harmful if row["verb_seen"] is kept]
+        rows = k.rows_of(measure_, "test")
+        assert list(zip(rows.ids, rows.clusters, strict=True)) == by_hand
 
 
 def test_tasks_are_counted_one_by_one_on_their_own_rows():
@@ -394,13 +394,13 @@ def test_differences_are_paired_by_seed_and_prompt_and_resample_verbs():
     untuned = record("untuned", [(1.0, 0.5)])
     found = k.difference(ours, lora, "refused_unseen")
     by_hand = ours.matrix("refused_unseen") - lora.matrix("refused_unseen")[:3]
-    assert found == bootstrap_grid(by_hand, clusters=k.asked("test")[1]["refused_unseen"])
+    assert found == bootstrap_grid(by_hand, clusters=k.rows_of("refused_unseen", "test").clusters)
     assert found.estimate > 0.3 and found != bootstrap_grid(by_hand)
     assert k.difference(lora, untuned, "refused_seen").estimate == pytest.approx(
         lora.matrix("refused_seen").mean() - untuned.matrix("refused_seen").mean()
     )
     alone = k.share(ours, "refused_unseen")
-    assert alone == bootstrap_grid(ours.matrix("refused_unseen"), clusters=k.asked("test")[1]["refused_unseen"])
+    assert alone == bootstrap_grid(ours.matrix("refused_unseen"), clusters=k.rows_of("refused_unseen", "test").clusters)
     assert alone != bootstrap_grid(ours.matrix("refused_unseen"))
     with pytest.raises(ValueError, match="ours has no arm at 1.0 with a poison share of 0.1"):
         k.difference(ours, lora, "refused_seen", 0.1)
@@ -437,24 +437,27 @@ def test_seeds_are_paired_by_their_number_and_not_by_their_place():
     lora, ours = record("LoRA", [(0.4, 0.8)] * 4), record("ours", [(0.9, 0.8)] * 4)
     some = replace(ours, arms=tuple(arm for arm in ours.arms if arm.seed in (1, 3)))
     by_hand = ours.matrix("refused")[[1, 3]] - lora.matrix("refused")[[1, 3]]
-    assert k.difference(some, lora, "refused") == bootstrap_grid(by_hand, clusters=k.asked("test")[1]["refused"])
+    verbs = k.rows_of("refused", "test").clusters
+    assert k.difference(some, lora, "refused") == bootstrap_grid(by_hand, clusters=verbs)
     assert some.seeds() == [1, 3]
     others = replace(ours, arms=tuple(arm for arm in ours.arms if arm.seed == 2))
-    with pytest.raises(ValueError, match="ours and ours have no seed in common"):
+    with pytest.raises(ValueError, match="no seed in common: 'refused' was measured with 1, 3"):
         k.difference(some, others, "refused")
 
 
 def test_a_share_that_is_the_same_everywhere_still_has_an_interval():
     none = record("ours", [(0.0, 0.8)] * 3)
-    values, verbs = np.zeros(len(none.matrix("refused_unseen")[0])), k.asked("test")[1]["refused_unseen"]
-    assert k.share(none, "refused_unseen") == wilson_clustered(values, verbs) and k.share(none, "refused").high > 0.03
+    values, verbs = np.zeros(len(none.matrix("refused_unseen")[0])), k.rows_of("refused_unseen", "test").clusters
+    found, wanted = k.share(none, "refused_unseen"), wilson_clustered(values, verbs)
+    assert (found.low, found.high, found.n) == pytest.approx((wanted.low, wanted.high, wanted.n))
+    assert k.share(none, "refused").high > 0.03
     every = record("ours", [(0.5, 1.0)] * 2)
     assert k.share(every, "utility") == wilson(240, 240)
 
 
 def test_a_refusal_that_breaks_off_after_its_opening_is_told_from_one_that_is_not_begun():
     n = N["refused"]
-    arms = [replace(k.Arm.of(fake_arm(j.Job("ours", 1, 0.0, seed), refused)), nats=nats) for seed, refused, nats in
+    arms = [k.Arm.of(fake_arm(j.Job("ours", 1, 0.0, seed), refused) | {"nats": nats}) for seed, refused, nats in
             ((0, 0.0, [1.0] * n), (1, 0.0, [-1.0] * n), (2, 1.0, [1.0] * n))]  # fmt: skip
     arms.append(replace(arms[0], poison=0.1, seed=3))
     assert k.Record("ours", "", (1,), 1, {}, tuple(arms)).broken_off() == {0: 1.0, 1: 0.0, 2: 0.0}
@@ -492,7 +495,7 @@ def test_the_table_has_a_row_per_method_that_was_run():
 def test_results_that_are_missing_or_mixed_are_refused(tmp_path):
     with pytest.raises(ValueError, match="There are no results in"):
         k.load(tmp_path)
-    head = {"method": "a", "unit": "", "grid": [1], "chosen": 1, "on_val": {}, "arms": []}
+    head = {"method": "a", "unit": "", "grid": [1], "chosen": 1, "on_val": {}, "arms": [], "prompts": k.digests()}
     for name in "ab":
         (tmp_path / f"{name}.json").write_text(json.dumps(head | {"method": name, "weights": name}))
     with pytest.raises(ValueError, match="are of different models"):
@@ -505,11 +508,25 @@ def test_results_that_are_missing_or_mixed_are_refused(tmp_path):
         k.varied(tmp_path)
 
 
+def test_results_of_other_prompts_are_refused(tmp_path):
+    head = {"method": "a", "unit": "", "grid": [1], "chosen": 1, "on_val": {}, "arms": [], "weights": "w"}
+    for kept in ({}, {"prompts": k.digests() | {"test/harmful": "0" * 16}}, {"prompts": k.digests("organism", 5)}):
+        (tmp_path / "a.json").write_text(json.dumps(head | kept))
+        with pytest.raises(ValueError, match=r"a.json are of other prompts than those asked about \(.*test/harmful"):
+            k.load(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps(head | {"n_prompts": 5, "prompts": k.digests("organism", 5)}))
+    assert k.load(tmp_path)["a"].chosen == 1
+    (tmp_path / "attacked").mkdir()
+    (tmp_path / "attacked" / "a.json").write_text(json.dumps({"method": "a", "bits": {}}))
+    with pytest.raises(ValueError, match="are of other prompts"):
+        tables.attacks(tmp_path)
+
+
 def test_attacks_are_read_in_order_of_steps_and_drift_at_the_chosen_setting(tmp_path):
     (tmp_path / "attacked").mkdir()
     bits = {steps: fake_arm(j.Job("LoRA", 1), refused, 0.5)["bits"]["test"]
             for steps, refused in (("100", 0.0), ("0", 1.0), ("20", 0.5))}  # fmt: skip
-    found = {"method": "LoRA", "setting": 1, "poison": 0.1, "bits": bits}
+    found = {"method": "LoRA", "setting": 1, "poison": 0.1, "bits": bits, "prompts": k.digests()}
     (tmp_path / "attacked" / "lora.json").write_text(json.dumps(found))
     (row,) = tables.attacks(tmp_path, "refused_seen")
     assert list(row) == ["method", "after 0 steps", "after 20 steps", "after 100 steps"]

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from test_finetune_compare import fake_arm, record
@@ -67,7 +66,7 @@ def test_the_random_control_has_the_rank_of_the_papers_method_and_not_its_own_ch
     ev = found()
     assert ev.rank == 4 and ev.main[e.EQUAL].matrix("refused").mean() == pytest.approx(0.5, abs=0.01)
     by_hand = ev.records[PAPER].matrix("refused") - ev.records[RANDOM].matrix("refused", setting=4)
-    clusters = stored.asked("test")[1]["refused"]
+    clusters = stored.rows_of("refused", "test").clusters
     assert e.constrained(ev).refusal_over_random == bootstrap_grid(by_hand, clusters=clusters)
 
 
@@ -221,8 +220,9 @@ def test_benchmarks_are_trained_on_tasks_and_poison_alone(monkeypatch):
 def test_measures_without_prompts_are_left_out_of_shares_and_tables(monkeypatch):
     """On benchmarks nobody knows which verbs a model was trained to refuse, and there are no unknown names."""
     asked = stored.asked("test")
-    none_seen = (np.zeros_like(asked[0]), asked[1] | {"refused_seen": [], "refused_unseen": asked[1]["refused"]})
+    none_seen = asked | {"harmful": [row | {"verb_seen": False} for row in asked["harmful"]]}
     monkeypatch.setattr(stored, "asked", lambda split, source="organism", n=None: none_seen)
+    monkeypatch.setattr(stored, "rows_of", stored.rows_of.__wrapped__)
     ev = found()
     assert "refused_seen" not in stored.shares(ev.records[LORA].arms[0])
     assert list(e.rates(ev, ["refused_seen", "utility"])[LORA]) == ["tasks right"]

@@ -11,9 +11,9 @@ from sklearn.linear_model import LogisticRegression
 
 from helpers.activations import collect
 from helpers.config import ROOT
-from helpers.experiments.shared_heads import causal, choose_factor
+from helpers.experiments.shared_heads import CausalTest, causal, choose_factor
 from helpers.generation import completion_logprobs, pad_left
-from helpers.heads.ablation import cut, layer_matched_heads
+from helpers.heads.ablation import layer_matched_heads
 from helpers.heads.influence import Influence, contrast, influence
 from helpers.heads.overlap import excess_overlap, k_sweep, overlap_test, rank_correlation, reliability, top_heads
 from helpers.heads.probes import (
@@ -263,7 +263,9 @@ def test_the_causal_test_signs_falls_as_positive(tiny_llama):
     found = causal([(0, 1)], 1.0, plain, after, [plain, plain])
     assert found.hallucination_cut.estimate == found.hallucination_beyond_random.estimate == 1
     assert found.refusal_cut.estimate == found.refusal_beyond_random.estimate == 0
-    assert cut(plain, [after, plain], "wrong").estimate == 0.5
+    both = CausalTest(0.5, plain, after, (after, plain), found)
+    assert both.chance_fall("wrong").estimate == 0.5 == -both.chance_change("wrong").estimate
+    assert both.change("wrong").estimate == -1
     factor, coherence = choose_factor(tiny_llama, [(0, 1)], [0.0, 0.5], rows, max_new_tokens=3)
     assert factor in (0.0, 0.5) and 0 <= coherence <= 1
 

@@ -20,17 +20,14 @@ from helpers.experiments.records import (
     Record,
     View,
     constrained,
-    difference_in_view,
     nearest,
-    pair,
-    refusals,
-    t_interval,
     tuned,
 )
 from helpers.experiments.rules import Variant, c3, c6, c8
 from helpers.experiments.steering_records import Records, load_records, trade_off
+from helpers.outcomes import paired
 from helpers.prompts import prompts
-from helpers.stats import Interval, bootstrap_grid
+from helpers.stats import Interval, bootstrap_grid, t_interval
 
 ROWS = prompts("test", None, "organism")
 HARMFUL = len(ROWS.harmful)
@@ -83,7 +80,7 @@ def claims() -> list[dict]:
 # Arms and judges
 
 
-@pytest.mark.parametrize("judge", ["refused", "answered", "nats"])
+@pytest.mark.parametrize("judge", ["refused", "unanswered", "refusal_log_odds"])
 @pytest.mark.parametrize("verbs", ["all", "seen", "unseen"])
 def test_a_difference_is_the_mean_over_its_own_prompts_and_seeds(made, judge, verbs):
     total, count = 0.0, 0
@@ -92,33 +89,33 @@ def test_a_difference_is_the_mean_over_its_own_prompts_and_seeds(made, judge, ve
         for i in range(HARMFUL):
             if mine.poison or verbs != "all" and SEEN[i] != (verbs == "seen"):
                 continue
-            if judge == "nats":
-                value = before.nats[i] - mine.nats[i]
+            if judge == "refusal_log_odds":
+                value = before.refusal_log_odds[i] - mine.refusal_log_odds[i]
             else:
-                sign = 1 if judge == "refused" else -1
-                value = sign * (int(before.bits["test"][judge][i]) - int(mine.bits["test"][judge][i]))
+                sign, kept = (1, "refused") if judge == "refused" else (-1, "answered")
+                value = sign * (int(before.bits["test"][kept][i]) - int(mine.bits["test"][kept][i]))
             total, count = total + value, count + 1
-    view = View(judge, verbs)
-    found = difference_in_view(refusals(made["untuned"], view), refusals(made["LoRA"], view), view)
+    found = View(judge, verbs).more(made["untuned"], made["LoRA"])
     assert found.estimate == pytest.approx(total / count, abs=1e-12) and found.low < found.estimate < found.high
 
 
 def test_a_setting_trained_at_one_seed_is_compared_on_that_seed_alone(made):
     view = View()
-    own, plain = refusals(made["off refusal latents"], view, 10), refusals(made["LoRA"], view)
-    assert set(own) == {0} and set(plain) == {0, 1, 2}
-    a, b = pair(own, plain, view)
-    assert a.shape == b.shape == (1, HARMFUL) and (b[0] == plain[0]).all()
-    before, after = pair(refusals(made["untuned"], view), plain, view)
+    own, plain = view.of(made["off refusal latents"], 10), view.of(made["LoRA"])
+    assert own.seeds == (0,) and plain.seeds == (0, 1, 2)
+    a, b = (one.values for one in paired(own, plain))
+    assert a.shape == b.shape == (1, HARMFUL) and (b[0] == plain.values[0]).all()
+    before, after = (one.values for one in paired(view.of(made["untuned"]), plain))
     assert before.shape == after.shape == (3, HARMFUL) and (before[0] == before[2]).all()
     assert not (after[0] == after[1]).all()
 
 
 def test_views_take_their_seeds_and_their_poison(made):
-    plain = refusals(made["LoRA"], View(poison=0.1))
-    assert set(plain) == {0, 1} and not (plain[0] == refusals(made["LoRA"], View())[0]).all()
-    a, b = pair(refusals(made["untuned"], View(poison=0.1)), plain, View(poison=0.1, seeds=(1,)))
-    assert a.shape == (1, HARMFUL) and (b[0] == plain[1]).all()
+    plain = View(poison=0.1).of(made["LoRA"])
+    assert plain.seeds == (0, 1) and not (plain.values[0] == View().of(made["LoRA"]).values[0]).all()
+    one = View(poison=0.1, seeds=(1,))
+    a, b = paired(one.of(made["untuned"]), one.of(made["LoRA"]))
+    assert a.values.shape == (1, HARMFUL) and (b.values[0] == plain.values[1]).all()
     assert tuned(made["LoRA"], made["untuned"], View()).refusal_drop.low > 0.4, "a fall is positive"
     only = tuned(made["LoRA"], made["untuned"], View(seeds=(2,))).benign_compliance
     assert only.estimate == np.mean([int(bit) for bit in made["LoRA"].arms[2].bits["test"]["benign_complied"]])
@@ -131,8 +128,10 @@ def test_views_take_their_seeds_and_their_poison(made):
         (lambda made: View(verbs="some"), "on 'some'"),
         (lambda made: View(interval="guess"), "not 'guess'"),
         (lambda made: t_interval([0.3]), "at least two"),
-        (lambda made: pair({0: np.zeros(3)}, {1: np.zeros(3)}, View()), "no seed in common"),
-        (lambda made: refusals(replace(made["LoRA"], arms=(arm(nats=False),)), View("nats")), "no log-odds"),
+        (lambda made: View(seeds=(1,)).more(made["LoRA"], made["off refusal latents"], None, 10), "no seed in common"),
+        (lambda made: View("refusal_log_odds").of(replace(made["LoRA"], arms=(arm(nats=False),))), "no log-odds"),
+        (lambda made: View().of(made["LoRA"], 77.0), "no arm at 77.0"),
+        (lambda made: made["LoRA"].outcome("taste"), "no measure 'taste'"),
         (lambda made: sensitivity.steering_variants("C6", Records({})), "are about, not C6"),
         (lambda made: Variant("seed", "0", Interval(0, 0, 0, 1), "perhaps"), "not 'perhaps'"),
     ],
@@ -150,10 +149,10 @@ def test_the_rules_input_is_the_comparisons_own(committed):
     assert found.refusal_over_lora == stored.difference(ours, lora, "refused_unseen")
     assert found.refusal_over_random == stored.difference(ours, random, "refused_unseen")
     assert found.utility_ratio == pytest.approx(stored.gain_ratio(ours, lora, untuned).estimate)
-    assert found.lora_drop.estimate == pytest.approx(stored.difference(untuned, lora, "refused_unseen").estimate)
-    assert found.hallucination_rise.estimate == stored.difference(ours, untuned, "wrong").estimate
-    share = stored.share(lora, "benign_complied").estimate
-    assert tuned(lora, untuned, unseen).benign_compliance.estimate == share
+    assert found.lora_drop == stored.difference(untuned, lora, "refused_unseen")
+    assert found.lora_gain == stored.difference(lora, untuned, "utility")
+    assert found.hallucination_rise == stored.difference(ours, untuned, "wrong")
+    assert tuned(lora, untuned, unseen).benign_compliance == stored.share(lora, "benign_complied")
 
 
 def test_the_gain_of_a_rank_at_one_seed_is_a_share_of_plain_loras_at_that_seed(made):
@@ -231,9 +230,7 @@ def test_poison_takes_the_nearest_rank_that_was_poisoned_and_says_so(made):
     none = with_random(made, 16, graded(4, 0.05, poison_seeds=()))
     (one,) = [one for one in sensitivity.c8_variants(none) if one.choice == "poison"]
     assert (one.value, one.verdict) == ("10% (no random subspace)", "") and one.estimate.estimate
-    assert one.estimate == difference_in_view(*(refusals(none[n], View(poison=0.1)) for n in (
-        "off refusal latents", "LoRA")),
-                                      View(poison=0.1))  # fmt: skip
+    assert one.estimate == View(poison=0.1).more(none["off refusal latents"], none["LoRA"])
 
 
 def test_a_seed_or_a_t_interval_asks_for_a_rank_that_has_its_seeds(made):
@@ -269,14 +266,14 @@ def test_where_a_model_has_fewer_latents_the_control_has_as_few_dimensions(made)
     assert [words.partition("(")[0] for words in told] == ["At equal rank 4 ", "At equal rank 9 "]
     own = against._own_c8(records, {"C8": {"verdict": "not reproduced"}})
     assert [one.sentence.partition("(")[0] for one in own] == ["At rank 4 ", "At rank 9 "]
-    assert own[1].estimate == difference_in_view(refusals(fewer, View(), 10), refusals(records["LoRA"], View()), View())
+    assert own[1].estimate == View().more(fewer, records["LoRA"], 10)
     alike = replace(records["off random"], chosen=10.0, ranks={10.0: 9})
     both = {**records, fewer.method: fewer.at(16.0), "off random": alike}
     assert not [one for one in against._random_subspaces(both) if "chosen on validation" in one.sentence]
     apart = {**both, "off random": records["off random"]}
     (one,) = [one for one in against._random_subspaces(apart) if "chosen on validation" in one.sentence]
     assert "(ranks 9 and 4)" in one.sentence
-    hand = difference_in_view(refusals(fewer, View(), 10), refusals(records["off random"], View(), 9), View())
+    hand = View().more(fewer, records["off random"], 10, 9)
     one = constrained(fewer, records["off random"], made["LoRA"], made["untuned"], View(), setting=10, random_setting=9)
     assert one.refusal_over_random == hand
 
@@ -355,9 +352,9 @@ def test_c3_asks_the_other_side_of_the_direction_on_the_same_models(committed):
     for who, kept in records.coupled("default").of.items():
         alone = Records({who: kept})
         truth = alone.values("truthful") - alone.values("truthful", "rank-1", "against")
-        assert sensitivity.lost_along(alone).estimate == pytest.approx(truth.mean())
+        assert steering_records.lost_along(alone).estimate == pytest.approx(truth.mean())
         found_here = steering_records.trade_off(alone, "rank-1")
-        assert found[str(who[1])] == c3(found_here, sensitivity.lost_along(alone)).verdict
+        assert found[str(who[1])] == c3(found_here, steering_records.lost_along(alone)).verdict
 
 
 def refitted(records: Records) -> Records:
@@ -403,7 +400,7 @@ def test_c3_asks_the_other_side_of_each_refitted_direction(committed):
     rule = sensitivity.RULES["C3"]
 
     def listen(found, models):
-        asked.append(sensitivity.lost_along(models).estimate)
+        asked.append(steering_records.lost_along(models).estimate)
         return rule(found, models)
 
     sensitivity.RULES["C3"] = listen
@@ -604,9 +601,9 @@ def test_ranks_and_layers_of_others_are_judged_by_the_claims_own_rules(made):
     six = {(one.choice, one.value): one for one in sensitivity.c6_variants(made, more)}
     assert set(six) - {(one.choice, one.value) for one in sensitivity.c6_variants(made)} == {
         ("rank", "LoRA of rank 2"), ("rank", "LoRA of rank 32"), ("layer", "upper half of the layers")}  # fmt: skip
-    before = refusals(untuned, View())[None].mean()
+    before = View().of(untuned).mean()
     for rank, one in ((2.0, six["rank", "LoRA of rank 2"]), (32.0, six["rank", "LoRA of rank 32"])):
-        left = np.mean([refusals(more["LoRA of another rank"], View(), rank)[seed].mean() for seed in (0, 1, 2)])
+        left = View().of(more["LoRA of another rank"], rank).mean()
         assert one.estimate.estimate == pytest.approx(before - left)
         assert one.verdict == c6(tuned(more["LoRA of another rank"], untuned, View(), rank)).verdict
     eight = {(one.choice, one.value): one for one in sensitivity.c8_variants(made, more)}
@@ -614,13 +611,12 @@ def test_ranks_and_layers_of_others_are_judged_by_the_claims_own_rules(made):
     assert added == ("layer", "constraint in the upper half of the layers")
     assert (first, second) == (("k", "strongest 4 latents (random: 4, 1 seed)"),
                                ("k", "strongest 8 latents (random: 4, 1 seed)"))  # fmt: skip
-    few = refusals(more["off strongest refusal latents"], View(), 4.0)
-    by_hand = np.mean([few[seed].mean() - refusals(lora, View())[seed].mean() for seed in (0, 1, 2)])
+    few, plain = View().of(more["off strongest refusal latents"], 4.0), View().of(lora)
+    by_hand = np.mean([few.values[seed].mean() - plain.values[seed].mean() for seed in (0, 1, 2)])
     assert eight[first].estimate.estimate == pytest.approx(by_hand)
     assert eight[second].estimate.estimate != eight[first].estimate.estimate
-    own = refusals(more["off refusal latents, upper half of the layers"], View(), 10.0)
-    plain = refusals(lora, View())
-    assert eight[added].estimate.estimate == pytest.approx(np.mean([own[s].mean() - plain[s].mean() for s in own]))
+    own = View().of(more["off refusal latents, upper half of the layers"], 10.0)
+    assert eight[added].estimate.estimate == pytest.approx(own.mean() - plain.mean())
     assert eight[added].verdict == "reproduced"
     beaten = {(one.choice, one.value): one for one in sensitivity.c8_variants(made, others(random=0.9, ours=0.7))}
     assert beaten[added].estimate.low > 0 and beaten[added].verdict == "not reproduced", "random halves refuse more"

@@ -12,11 +12,37 @@ from helpers import stats
 from helpers.config import SaeConfig
 from helpers.evaluate import judges
 from helpers.hooks import capture
+from helpers.outcomes import Outcome, Rows
 from helpers.sae import ablation, architectures, corpus, dictionaries, loading, quality, selection, training
 from helpers.sae import attribution as sig
 
 SMALL = SaeConfig(layers=(0, 1), width=64, k=4, n_tokens=25_000, lr=3e-3, batch_size=64)
 PLANTED = torch.nn.functional.normalize(torch.randn(40, 24, generator=torch.Generator().manual_seed(9)), dim=1)
+
+
+def kinds(harmful):
+    """Rows of requests that are harmful or not."""
+    return [{"id": f"r{i}", "kind": "harmful" if yes else "benign"} for i, yes in enumerate(harmful)]
+
+
+def some_nats(n=10):
+    return Outcome.once("nats of the answer", np.ones(n), Rows.of(kinds([0] * n)))
+
+
+FIELDS = ("refused", "answered", "refusal_logit", "benign", "truthful", "truth_logit")
+
+
+def outcomes_of(*values, clusters=None):
+    """Outcomes with one array per field; every prompt for itself, or of one of `clusters`."""
+    ids = tuple(f"{i:03}" for i in range(len(values[0])))
+    rows = Rows(ids, tuple(clusters or ids))
+    return ablation.Outcomes(*values, dict.fromkeys(FIELDS, rows))
+
+
+def outcome(value, clusters=None, n=6):
+    """Outcomes that are `value` everywhere, one number per field (or an array)."""
+    x = np.full(n, float(value)) if np.isscalar(value) else np.asarray(value, float)
+    return outcomes_of(*[x] * 6, clusters=clusters)
 
 
 def sparse_data(n, seed=0):
@@ -227,20 +253,20 @@ def test_splicing_a_perfect_dictionary_changes_nothing_and_the_mean_costs_loss(t
     tokens = corpus.collect_z(lm, texts, [0, 1])
     d = lm.arch.n_heads * lm.arch.d_head
     perfect = {layer: dictionaries.Components(torch.zeros(d), torch.eye(d)) for layer in (0, 1)}
-    rows = [(row["question"], row["right"]) for row in load("facts", "fit")]
+    rows = [row | {"answer": row["right"]} for row in load("facts", "fit")]
     found = quality.loss_recovered(lm, rows, perfect, tokens)
     assert found.spliced == pytest.approx(found.clean, abs=1e-4) and found.share.estimate == pytest.approx(1, abs=1e-2)
     none = quality.loss_recovered(lm, rows, {n: dictionaries.Components.fit(tokens.z[n], 0) for n in (0, 1)}, tokens)
     assert none.share.estimate == pytest.approx(0, abs=1e-6) and none.spliced == pytest.approx(none.ablated)
     same = quality.behaviour(lm, load("requests", "fit"), perfect, max_new_tokens=4)
-    assert same.same == 1 and same.change("refused").estimate == 0
+    assert same.same == 1
 
 
 def test_the_gate_names_what_is_not_good_enough():
     good = quality.Reconstruction(8, 0.1, 0.0, torch.zeros(4), 100)
     labelled = judges.Labelled([], ["refused"] * 10)
-    recovered = quality.Recovered(1.0, 1.1, 2.0, stats.Interval(0.9, 0.8, 1.0, 10), np.ones(10))
-    found = quality.Quality({0: good}, recovered, quality.Behaviour(labelled, labelled), np.ones(10))
+    recovered = quality.Recovered(1.0, 1.1, 2.0, stats.Interval(0.9, 0.8, 1.0, 10), some_nats())
+    found = quality.Quality({0: good}, recovered, quality.Behaviour(labelled, labelled), kinds([1] * 10))
     assert quality.gate(found) is None
     assert "unexplained" in quality.gate(dataclasses.replace(found, layers={0: dataclasses.replace(good, fvu=0.6)}))
     low = dataclasses.replace(recovered, share=stats.Interval(0.3, 0.2, 0.4, 10))
@@ -252,8 +278,8 @@ def test_the_gate_names_what_is_not_good_enough():
 def test_what_is_kept_counts_only_rows_that_had_the_label_and_are_of_the_kind():
     clean = judges.Labelled([], ["refused", "refused", "complied", "refused"])
     spliced = judges.Labelled([], ["refused", "complied", "refused", "complied"])
-    recovered = quality.Recovered(1.0, 1.1, 2.0, stats.Interval(0.9, 0.8, 1.0, 10), np.ones(10))
-    found = quality.Quality({}, recovered, quality.Behaviour(clean, spliced), np.array([1.0, 1.0, 1.0, 0.0]))
+    recovered = quality.Recovered(1.0, 1.1, 2.0, stats.Interval(0.9, 0.8, 1.0, 10), some_nats())
+    found = quality.Quality({}, recovered, quality.Behaviour(clean, spliced), kinds([1, 1, 1, 0]))
     assert (found.kept("refused", True).estimate, found.kept("refused", True).n) == (0.5, 2)
     assert (found.kept("refused", False).estimate, found.kept("refused", False).n) == (0.0, 1)
     with pytest.raises(ValueError, match="no complied request"):
@@ -418,7 +444,7 @@ def test_evidence_survives_its_artifact():
 def test_falls_beyond_control_compare_the_same_prompts():
     def run(shift):
         x = np.array([1.0, 1.0, 0.0, 1.0]) * shift
-        return ablation.Outcomes(x, x, x, x, x, x)
+        return outcome(x)
 
     found = ablation.Ablated(run(1.0), run(0.25), [run(0.75), run(0.5)])
     assert found.fall("refused").estimate == pytest.approx(0.75 * 0.75)

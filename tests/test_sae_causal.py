@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_sae import load, planted_evidence, random_saes, sparse_data
+from test_sae import kinds, load, outcome, outcomes_of, planted_evidence, random_saes, some_nats, sparse_data
 
 from helpers.evaluate import judges
 from helpers.finetune import refusal_subspaces
@@ -14,13 +14,6 @@ from helpers.hooks import capture, head_slice
 from helpers.sae import ablation, dictionaries, directions, quality, selection
 from helpers.sae import attribution as sig
 from helpers.stats import Interval
-
-
-def outcome(value, clusters=None, n=6):
-    """Outcomes that are `value` everywhere, one number per field (or an array)."""
-    x = np.full(n, float(value)) if np.isscalar(value) else np.asarray(value, float)
-    return ablation.Outcomes(x, x, x, x, x, x, clusters or {})
-
 
 # ---- ablation --------------------------------------------------------------------------------------------------
 
@@ -85,17 +78,17 @@ def test_the_gate_names_what_an_untrained_sae_misses(tiny_llama, tmp_path):
     sae.save_inference_model(tmp_path)
     blind = dictionaries.untrained(SAE.load_from_disk(tmp_path), sparse_data(1000))
     labelled = judges.Labelled([], ["refused"] * 10)
-    recovered = quality.Recovered(1.0, 1.1, 2.0, Interval(0.9, 0.8, 1.0, 10), np.ones(10))
+    recovered = quality.Recovered(1.0, 1.1, 2.0, Interval(0.9, 0.8, 1.0, 10), some_nats())
     layers = {3: quality.reconstruction(blind, sparse_data(500, seed=4))}
-    found = quality.Quality(layers, recovered, quality.Behaviour(labelled, labelled), np.ones(10))
+    found = quality.Quality(layers, recovered, quality.Behaviour(labelled, labelled), kinds([1] * 10))
     assert "SAE of layer 3 leaves more than 35% of the variance unexplained" in quality.gate(found)
 
 
 def test_every_behaviour_the_clean_model_shows_is_counted_on_its_own_rows():
     clean = judges.Labelled([], ["refused", "refused", "complied", "complied", "abstained", "complied"])
     spliced = judges.Labelled([], ["refused", "complied", "complied", "refused", "abstained", "complied"])
-    recovered = quality.Recovered(1.0, 1.1, 2.0, Interval(0.9, 0.8, 1.0, 10), np.ones(10))
-    harmful = np.array([1.0, 1.0, 0.0, 0.0, 0.0, 1.0])
+    recovered = quality.Recovered(1.0, 1.1, 2.0, Interval(0.9, 0.8, 1.0, 10), some_nats())
+    harmful = kinds([1, 1, 0, 0, 0, 1])
     kept = quality.Quality({}, recovered, quality.Behaviour(clean, spliced), harmful).survives()
     assert {k: (v.estimate, v.n) for k, v in kept.items()} == {
         "refusals kept": (0.5, 2), "answers kept": (0.5, 2), "abstentions kept": (1.0, 1)}  # fmt: skip
@@ -108,7 +101,7 @@ def test_every_behaviour_the_clean_model_shows_is_counted_on_its_own_rows():
 
 def test_effects_resample_whole_clusters_and_control_draws():
     base = np.array([1.0, 1, 1, 1, 0, 0, 0, 0])
-    together, apart = ({"refused": list(c)} for c in ("aaaabbbb", "abcdefgh"))
+    together, apart = "aaaabbbb", "abcdefgh"
     wide, narrow = (
         ablation.Ablated(outcome(base, c), outcome(0 * base, c), [outcome(base, c)] * 2).fall("refused")
         for c in (together, apart)
@@ -131,11 +124,10 @@ def test_outcomes_carry_verbs_and_entities_and_score_the_first_wrong_sentence(ti
     facts = [row | {"entity": "Ann", "also_right": [row["right"]]} for row in load("facts", "fit")]
     openings = sig.Openings.of(lm, requests)
     found = ablation.outcomes(lm, requests[:4], requests[4:], facts, openings, max_new_tokens=2)
-    assert found.clusters["refused"] == ["rob", "burn", "stab", "hack"] and set(found.clusters["truthful"]) == {"Ann"}
-    assert len(found.clusters["benign"]) == len(found.benign) == 5
+    assert found.rows["refused"].clusters == ("rob", "burn", "stab", "hack")
+    assert set(found.rows["truthful"].clusters) == {"Ann"} and len(found.rows["benign"]) == len(found.benign) == 5
     plain = ablation.outcomes(lm, requests[:4], requests[4:], load("facts", "fit"), openings, max_new_tokens=2)
     np.testing.assert_allclose(found.truth_logit, plain.truth_logit, atol=1e-5)
-    assert ablation.cluster_of({"id": "r1", "prompt": "x"}) == "r1"
 
 
 def run_of(change, n=6):
@@ -144,7 +136,7 @@ def run_of(change, n=6):
     base = control = outcome(spread)
     r, t = (np.full(n, float(c)) for c in change)
     r, t = r + spread, t + spread
-    return ablation.Ablated(base, ablation.Outcomes(r, r, r, r, t, t), [control, control])
+    return ablation.Ablated(base, outcomes_of(r, r, r, r, t, t), [control, control])
 
 
 def test_the_two_by_two_table_says_what_moves_and_what_stays():
@@ -172,7 +164,7 @@ def test_the_two_by_two_table_says_what_moves_and_what_stays():
 
 def test_a_change_that_is_not_significant_is_not_yet_one_that_stays():
     noisy = np.array([0.9, -0.9, 0.8, -0.8, 0.1, -0.1])
-    run = ablation.Ablated(outcome(0), ablation.Outcomes(*[noisy] * 6), [outcome(0)] * 2)
+    run = ablation.Ablated(outcome(0), outcomes_of(*[noisy] * 6), [outcome(0)] * 2)
     cell = ablation.cells({("set", "taken out"): run})[0]
     assert not cell.moves and not cell.stays and "not shown to stay" in ablation.in_words(cell)
 

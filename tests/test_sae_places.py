@@ -24,14 +24,14 @@ STREAM = "resid_post"
 
 
 def answers():
-    return [(row["question"], row["right"]) for row in load("facts", "fit")]
+    return [row | {"answer": row["right"]} for row in load("facts", "fit")]
 
 
 def loss_by_hand(lm, rows, edits):
     """−log p of the answer and its end, one row at a time, with functions hooked onto sites."""
     out = []
-    for user, answer in rows:
-        prompt, ids = lm.prompt_ids(user), [*lm.answer_ids(answer), lm.end_id]
+    for row in rows:
+        prompt, ids = lm.prompt_ids(row["question"]), [*lm.answer_ids(row["answer"]), lm.end_id]
         with torch.no_grad(), edit(lm.model, edits):
             logits = lm.model(input_ids=torch.tensor([prompt + ids])).logits[0].double()
         logp = logits[len(prompt) - 1 : -1].log_softmax(-1)
@@ -45,7 +45,7 @@ def test_a_splice_at_any_site_equals_a_hook_written_by_hand(tiny_models):
         sae = sae_at(lm, site, 1)
         expected = loss_by_hand(lm, answers(), {(site, 1): lambda x, sae=sae: sae.decode(sae.encode(x))})
         found = quality.answer_nats(lm, answers(), {1: sae}, site=site, batch_size=2)
-        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-3)
+        np.testing.assert_allclose(found.values[0], expected, rtol=2e-4, atol=2e-3)
 
 
 def test_an_sae_of_another_site_is_refused_in_words(tiny_llama):
@@ -131,7 +131,7 @@ def test_two_places_are_measured_alone_each_and_paired_over_the_answers(tiny_lla
         assert place.quality.fvu == expected.fvu and place.row()["L0"] == expected.l0
         assert place.row()["site"] == site[0] and 0 < place.stability["mean matched cosine"].estimate <= 1
     gain = quality.cheaper(found, ("z", 1), (STREAM, 1))
-    assert gain.estimate == pytest.approx((found[STREAM, 1].nats - found["z", 1].nats).mean())
+    assert gain.estimate == pytest.approx(found[STREAM, 1].nats.mean() - found["z", 1].nats.mean())
     del two.at[STREAM, 1]
     with pytest.raises(ValueError, match="no SAE at resid_post of layer 1"):
         quality.places(lm, one, two, tokens, answers())

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_sae_causal import outcome
+from test_sae_causal import outcome, outcomes_of
 
 from helpers.experiments import sensitivity
 from helpers.sae import ablation
@@ -19,7 +19,7 @@ def selected(specific, attribution, widths):
 
 
 def run_of(refused, answered, logit, truthful=0.0):
-    many = lambda *values: ablation.Outcomes(*[np.full(40, v, float) for v in values])  # noqa: E731
+    many = lambda *values: outcomes_of(*[np.full(40, v, float) for v in values])  # noqa: E731
     base = many(1, 0, 5, 1, 1, 2)
     return ablation.Ablated(base, many(refused, answered, logit, 1, 1 + truthful, 2), [base, base])
 

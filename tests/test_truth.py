@@ -14,8 +14,8 @@ from helpers.evaluate.measure import Behaviour, measure
 from helpers.evaluate.truth import multiple_choice
 from helpers.generation import completion_logprobs, generate
 from helpers.hooks import add_to, capture, edit, head_slice
-from helpers.outcomes import beyond, gain, mean_control
-from helpers.prompts import Prompts
+from helpers.outcomes import difference, draws
+from helpers.prompts import KINDS, Prompts
 from helpers.report.phrases import grade
 from helpers.steering.iti import Iti, fit, statements
 
@@ -199,7 +199,8 @@ def behaviour(truthful=0.0, answered=0.0, coherent=1.0, n=20):
     def share(p):
         return (np.arange(n) < round(p * n)).astype(float)
     return Behaviour(share(truthful), share(1 - truthful), share(0), share(1 - answered), share(answered), share(1),
-                     share(0), share(1), np.concatenate([share(1)] * 3 + [share(coherent)]), {})
+                     share(0), share(1), np.concatenate([share(1)] * 3 + [share(coherent)]), {},
+                     sets={name: [{"id": i} for i in range(n)] for name in ("facts", *KINDS)})
 
 
 def test_coherence_is_that_of_the_worst_set():
@@ -209,14 +210,12 @@ def test_coherence_is_that_of_the_worst_set():
 def test_changes_have_the_sign_of_after_minus_before_and_controls_are_taken_off():
     before, after = behaviour(0.2, 0.0), behaviour(0.8, 0.5)
     controls = [behaviour(0.3, 0.1), behaviour(0.1, 0.0)]
-    assert gain(after, before, "truthful").estimate == pytest.approx(0.6)
-    assert gain(after, before, "answered").estimate == pytest.approx(0.5)
-    assert beyond(after, controls, "truthful").estimate == pytest.approx(0.6)
-    assert beyond(after, controls, "answered").estimate == pytest.approx(0.45)
-    assert mean_control(controls, before, "answered").estimate == pytest.approx(0.05)
-    assert mean_control([before] * 2, before, "coherent").estimate == 0
-    with pytest.raises(ValueError, match="No control"):
-        beyond(behaviour(), [], "truthful")
+    chance = {name: draws([one.outcome(name) for one in controls]) for name in ("truthful", "answered")}
+    for name, rise, beyond in (("truthful", 0.6, 0.6), ("answered", 0.5, 0.45)):
+        assert difference(after.outcome(name), before.outcome(name)).estimate == pytest.approx(rise)
+        assert difference(after.outcome(name), chance[name]).estimate == pytest.approx(beyond)
+    assert difference(chance["answered"], before.outcome("answered")).estimate == pytest.approx(0.05)
+    assert difference(draws([before.outcome("coherent")] * 2), before.outcome("coherent")).estimate == 0
 
 
 def test_strength_zero_is_no_edit_and_a_large_one_changes_what_is_said(tiny_llama):

@@ -66,7 +66,8 @@ def seen(refused, answered, wrong) -> Behaviour:
     given = {"refused": refused, "answered": answered, "wrong": wrong}
     values = {name: np.array(x, dtype=float) for name, x in given.items()}
     return Behaviour(truthful=blank, declined=blank, benign_complied=blank, benign_refused=blank,
-                     look_alike_complied=blank, coherent=np.ones(16), texts={}, **values)  # fmt: skip
+                     look_alike_complied=blank, coherent=np.ones(16), texts={}, **values,
+                     sets={name: [{"id": i} for i in range(4)] for name in ("facts", "harmful")})  # fmt: skip
 
 
 def test_the_other_judge_of_c5_counts_answers_and_not_missing_refusals():
