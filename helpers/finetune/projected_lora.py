@@ -96,8 +96,9 @@ def read_adapter(path: Path | str) -> dict[str, Pair]:
 def load_adapter(lm: LoadedModel | Path | str, path: Path | str, *, merge: bool = True) -> LoadedModel:
     """The base model with a saved adapter: merged into a copy's weights (the default), or as a live PeftModel.
 
-    Merged, any tool takes it and it runs at the base's speed. Raises FileNotFoundError when there is no adapter, and
-    ValueError when it was made for another model (names, widths or weights).
+    Merged, any tool takes it and it runs at the base's speed; its name is "in memory", so that nothing takes it for the
+    base. Raises FileNotFoundError when there is no adapter, and ValueError when it was made for another model (names,
+    widths or weights).
     """
     pairs = read_adapter(path)
     lm = replace(lm, model=deepcopy(lm.model)) if isinstance(lm, LoadedModel) else load_model(lm)
@@ -108,7 +109,7 @@ def load_adapter(lm: LoadedModel | Path | str, path: Path | str, *, merge: bool 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = PeftModel.from_pretrained(lm.model, str(path)).eval()
-    return replace(lm, model=model.merge_and_unload().eval() if merge else model)
+    return replace(lm, model=model.merge_and_unload().eval() if merge else model, name="in memory")
 
 
 PROJECTIONS = ("projected", "as_published")
