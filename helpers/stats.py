@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -160,10 +161,19 @@ def grid_draws(
     shape = np.shape(matrices[0])
     if len(shape) != 2 or 0 in shape or any(np.shape(one) != shape for one in matrices):
         raise ValueError(f"The matrix must be [n_seeds, n_prompts] and not empty, not of shape {shape}.")
-    rng = np.random.default_rng(seed)
-    seeds = _seed_counts(rng, n_boot, shape[0], models)
-    prompts = resample_counts(rng, n_boot, shape[1], clusters)
+    labels = [None if of is None else tuple(_labels(of, n)) for of, n in zip((models, clusters), shape, strict=True)]
+    drawn = _grid_counts if n_boot * shape[1] < 1_000_000 else _grid_counts.__wrapped__  # keeps megabytes, no more
+    seeds, prompts = drawn(n_boot, seed, *shape, *labels)
     return [weighted_means(one, seeds, prompts) for one in matrices]
+
+
+@lru_cache(maxsize=16)
+def _grid_counts(
+    n_boot: int, seed: int, n_seeds: int, n_prompts: int, models: Clusters, clusters: Clusters
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of seeds and of prompts, drawn once for all measures on the same rows."""
+    rng = np.random.default_rng(seed)
+    return _seed_counts(rng, n_boot, n_seeds, models), resample_counts(rng, n_boot, n_prompts, clusters)
 
 
 def weighted_means(
@@ -175,7 +185,7 @@ def weighted_means(
     that every machine gives the same bits.
     """
     whole, scale = _whole(matrix)
-    sums = np.einsum("bp,bp->b", np.einsum("bs,sp->bp", seeds, whole), prompts)
+    sums = np.einsum("bs,bs->b", seeds, np.einsum("bp,sp->bs", prompts, whole))
     return sums / (scale * seeds.sum(1) * prompts.sum(1))
 
 
