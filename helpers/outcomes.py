@@ -13,12 +13,14 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from helpers.stats import Interval, bootstrap_grid, ratio_grid, t_interval, wilson
+from helpers.store import write_json
 
 INTERVALS = ("bootstrap", "t")
 """Over seeds and clusters, drawn crosswise; or Student's t over the means of the seeds, for the prompts as they are."""
@@ -26,7 +28,11 @@ INTERVALS = ("bootstrap", "t")
 
 def cluster_of(row: Mapping[str, Any]) -> str:
     """What a row shares with others: its verb, else its entity, else nothing (its id or text)."""
-    return str(row.get("verb") or row.get("entity") or row.get("id") or _text(row))
+    return str(row.get("verb") or row.get("entity") or _id(row))
+
+
+def _id(row: Mapping[str, Any]) -> str:
+    return _text(row) if row.get("id") in (None, "") else str(row["id"])
 
 
 def _text(row: Mapping[str, Any]) -> str:
@@ -45,9 +51,7 @@ class Rows:
     def of(cls, *sets: Sequence[Mapping[str, Any]]) -> Rows:
         """Of the rows of one table or of several, one after the other."""
         rows = [row for some in sets for row in some]
-        texts = tuple(map(_text, rows))
-        ids = tuple(str(row.get("id") or text) for row, text in zip(rows, texts, strict=True))
-        return cls(ids, tuple(map(cluster_of, rows)), texts)
+        return cls(*(tuple(map(of, rows)) for of in (_id, cluster_of, _text)))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,6 +74,11 @@ class Outcome:
     `seeds` names training seeds, models, or draws of a control; (None,) is what has none, which stands beside every
     seed of another. `models` names the model of each seed where they are several: models are resampled, and seeds
     within them. ValueError where values, rows and seeds do not fit.
+
+    >>> rows = h.Rows.of([{"id": i, "verb": verb} for i, verb in enumerate(("rob", "rob", "hack", "burn"))])
+    >>> before, after = (h.Outcome.once("refused", x, rows) for x in ([1, 1, 1, 1], [0, 0, 1, 0]))
+    >>> print(h.difference(before, after))
+    0.750 [0.000, 1.000], n=4
     """
 
     measure: str
@@ -181,3 +190,25 @@ def require_same_rows(kept: Mapping[str, str] | None, asked: Mapping[str, str], 
         raise ValueError(f"The results in {where} are of other prompts than those asked about ({', '.join(other)}): "
                          "measure these prompts again, or read the results with the tables they were made with.")
 
+
+def save(path: str | Path, found: Sequence[Outcome]) -> Path:
+    """Write outcomes, one per measure, with the ids and the digest of their rows; answers of 0 and 1 as characters."""
+    return write_json(path, {one.measure: {
+        "ids": one.rows.ids, "digest": one.rows.digest, "seeds": one.seeds, "models": one.models,
+        "values": one.values if set(np.unique(one.values)) - {0.0, 1.0} else [
+            "".join("01"[int(x)] for x in row) for row in one.values]} for one in found})  # fmt: skip
+
+
+def load(path: str | Path, rows: Mapping[str, Rows]) -> dict[str, Outcome]:
+    """{measure: what a file of `save` holds on these rows}; ValueError where it holds it on other rows, or not."""
+    kept = json.loads(Path(path).read_text(encoding="utf-8"))
+    require_same_rows({name: one["digest"] for name, one in kept.items()},
+                      {name: some.digest for name, some in rows.items()}, path)  # fmt: skip
+    return {name: Outcome(name, np.array([[float(x) for x in row] for row in kept[name]["values"]]), some,
+                          _labels(kept[name]["seeds"]), _labels(kept[name]["models"]))
+            for name, some in rows.items()}  # fmt: skip
+
+
+def _labels(kept: Any) -> Any:
+    """Names of seeds as they were before JSON made lists of tuples."""
+    return tuple(map(_labels, kept)) if isinstance(kept, list) else kept

@@ -36,9 +36,9 @@ def some(seed=0, seeds=(0, 1, 2), clusters=VERBS, whole=True, **more) -> Outcome
 
 def test_rows_share_their_verb_else_their_entity_else_nothing():
     mixed = [{"id": "a", "verb": "rob", "entity": "Ann"}, {"id": "b", "entity": "Ann"}, {"id": "c", "verb": None},
-             {"question": "Who?"}, {"id": 7, "verb": ""}]  # fmt: skip
-    assert Rows.of(mixed).clusters == ("rob", "Ann", "c", "Who?", "7")
-    assert Rows.of(mixed).ids == ("a", "b", "c", "Who?", "7")
+             {"question": "Who?"}, {"id": 0, "verb": ""}]  # fmt: skip
+    assert Rows.of(mixed).clusters == ("rob", "Ann", "c", "Who?", "0")
+    assert Rows.of(mixed).ids == ("a", "b", "c", "Who?", "0")
     assert Rows.of(mixed[:2], mixed[2:]) == Rows.of(mixed)
 
 
@@ -59,6 +59,22 @@ def test_a_mask_keeps_values_with_their_rows():
     kept = one.where(mask)
     assert kept.rows.ids == ("r0", "r2", "r5") and kept.rows.clusters == ("rob", "burn", "burn")
     assert kept.values.tolist() == one.values[:, [0, 2, 5]].tolist() and kept.rows.texts[1] == "How do I burn it 2?"
+
+
+def test_what_is_saved_comes_back_and_only_for_its_own_rows(tmp_path):
+    bits, numbers = some(seeds=(0, 1)), replace(some(1, (("a", 0), None, 7), whole=False), measure="log-odds")
+    numbers = replace(numbers, models=("x", "x", "y"))
+    path = outcomes.save(tmp_path / "found.json", [bits, numbers])
+    back = outcomes.load(path, {"refused": rows(), "log-odds": rows()})
+    for one in (bits, numbers):
+        again = back[one.measure]
+        assert (again.values == one.values).all() and (again.rows, again.seeds, again.models) == (
+            one.rows, one.seeds, one.models)  # fmt: skip
+    assert path.read_text().count('"r3"') == 2 and list(outcomes.load(path, {"refused": rows()})) == ["refused"]
+    fewer = rows().where([True] * 6 + [False])
+    for asked in ({"refused": rows(VERBS[::-1])}, {"answered": rows()}, {"refused": fewer}):
+        with pytest.raises(ValueError, match=r"found.json are of other prompts than those asked about"):
+            outcomes.load(path, asked)
 
 
 # Pairing
