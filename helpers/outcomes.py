@@ -41,7 +41,11 @@ def _text(row: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Rows:
-    """The prompts that something was measured on: ids, what each shares with others, and texts, in their order."""
+    """The prompts that something was measured on: ids, what each shares with others, and texts, in their order.
+
+    >>> h.Rows(("a", "b"), clusters=("rob", "hack")).where([False, True]).ids
+    ('b',)
+    """
 
     ids: tuple[str, ...]
     clusters: tuple[str, ...] = field(repr=False)
@@ -75,10 +79,9 @@ class Outcome:
     seed of another. `models` names the model of each seed where they are several: models are resampled, and seeds
     within them. ValueError where values, rows and seeds do not fit.
 
-    >>> rows = h.Rows.of([{"id": i, "verb": verb} for i, verb in enumerate(("rob", "rob", "hack", "burn"))])
-    >>> before, after = (h.Outcome.once("refused", x, rows) for x in ([1, 1, 1, 1], [0, 0, 1, 0]))
-    >>> print(h.difference(before, after))
-    0.750 [0.000, 1.000], n=4
+    >>> rows = h.Rows(("a", "b", "c"), clusters=("rob", "rob", "hack"))
+    >>> h.Outcome("refused", np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), rows, seeds=(0, 1)).mean()
+    0.5
     """
 
     measure: str
@@ -166,7 +169,13 @@ def share(outcome: Outcome, interval: str = "bootstrap") -> Interval:
 
 
 def difference(a: Outcome, b: Outcome, interval: str = "bootstrap") -> Interval:
-    """Paired difference a − b on the same rows and the seeds (or draws of a control) that both have."""
+    """Paired difference a − b on the same rows and the seeds (or draws of a control) that both have.
+
+    >>> rows = h.Rows(tuple("abcd"), clusters=("rob", "rob", "hack", "burn"))
+    >>> before, after = (h.Outcome("refused", np.array([x]), rows) for x in ([1.0, 1, 1, 1], [0.0, 0, 1, 0]))
+    >>> print(h.difference(before, after))
+    0.750 [0.000, 1.000], n=4
+    """
     x, y = paired(a, b)
     return spread(replace(x, values=x.values - y.values), interval)
 
