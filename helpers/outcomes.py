@@ -180,11 +180,14 @@ def difference(a: Outcome, b: Outcome, interval: str = "bootstrap") -> Interval:
     return spread(replace(x, values=x.values - y.values), interval)
 
 
-def ratio(a: Outcome, b: Outcome, base: Outcome) -> Interval:
-    """The gain of `a` over `base` as a share of that of `b`, resampled together in numerator and denominator."""
+def ratio(a: Outcome, b: Outcome, base: Outcome, floor: float = -np.inf) -> Interval:
+    """The gain of `a` over `base` as a share of that of `b` (at least `floor` in sum), numerator and denominator
+    resampled together.
+    """
     x, y = paired(a, b)
     start = paired(base, x)[0].values
-    return ratio_grid(x.values - start, y.values - start, clusters=x.rows.clusters, models=x.models)
+    return ratio_grid(x.values - start, y.values - start, clusters=x.rows.clusters, models=x.models,
+                      floor=floor)  # fmt: skip
 
 
 def digests(sets: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:

@@ -142,15 +142,15 @@ def bootstrap_grid(
 
 def ratio_grid(
     top: Any, bottom: Any, n_boot: int = 2000, seed: int = 0, level: float = 0.95, clusters: Clusters = None,
-    models: Clusters = None,
+    models: Clusters = None, floor: float = -math.inf,
 ) -> Interval:
     """Sum of `top` over the sum of `bottom` (both [n_seeds, n_prompts]), one resample for both, as in bootstrap_grid.
 
-    A denominator at or below zero counts as barely above it.
+    A denominator below `floor` counts as `floor`.
     """
     x, y = _finite(top, "numerator"), _finite(bottom, "denominator")
     a, b = grid_draws([x, y], n_boot, seed, clusters, models)
-    return _percentile(x.sum() / max(y.sum(), 1e-9), a / np.maximum(b, 1e-9), x.shape[1], level)
+    return _percentile(x.sum() / max(y.sum(), floor), a / np.maximum(b, floor), x.shape[1], level)
 
 
 def grid_draws(
