@@ -146,11 +146,14 @@ def ratio_grid(
 ) -> Interval:
     """Sum of `top` over the sum of `bottom` (both [n_seeds, n_prompts]), one resample for both, as in bootstrap_grid.
 
-    A denominator below `floor` counts as `floor`.
+    A denominator below `floor` counts as `floor`. ValueError where one is zero.
     """
     x, y = _finite(top, "numerator"), _finite(bottom, "denominator")
     a, b = grid_draws([x, y], n_boot, seed, clusters, models)
-    return _percentile(x.sum() / max(y.sum(), floor), a / np.maximum(b, floor), x.shape[1], level)
+    b = np.maximum(b, floor)
+    if (b == 0).any():
+        raise ValueError("The denominator is zero in some resamples, so the ratio has no interval: give more rows.")
+    return _percentile(x.sum() / max(y.sum(), floor), a / b, x.shape[1], level)
 
 
 def grid_draws(

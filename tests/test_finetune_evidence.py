@@ -141,7 +141,7 @@ def test_the_command_trains_what_a_profile_misses_and_nothing_else(monkeypatch):
 def test_a_real_model_is_trained_off_its_latents_or_where_it_has_none_off_the_difference(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path))
     p, asked = replace(profile("organism"), data="benchmarks", checked=False), []
-    for room in (j, stored):  # no benchmark is here
+    for room in (e, stored):  # no benchmark is here
         monkeypatch.setattr(room, "digests", lambda source, n_prompts: {"test/harmful": source})
     monkeypatch.setattr(c, "compare", lambda p, methods, out, workers, keep, grids: asked.append((methods, grids)))
     monkeypatch.setattr(c, "subspace", lambda p, kind, dim: type("Found", (), {"rank": 7}))

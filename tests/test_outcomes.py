@@ -195,9 +195,13 @@ def test_a_ratio_resamples_numerator_and_denominator_together():
     base = Outcome("utility", np.zeros((1, 7)), rows())
     theirs = Outcome("utility", np.array([[1.0, 1, 1, 1, 0, 1, 1], [1, 0, 1, 1, 1, 1, 1]]), rows(), (0, 1))
     half = replace(theirs, values=theirs.values / 2)
-    assert ratio(half, theirs, base) == Interval(0.5, 0.5, 0.5, 7) and ratio(theirs, theirs, base).estimate == 1
+    assert ratio(half, theirs, base, 1e-9) == Interval(0.5, 0.5, 0.5, 7)
+    with pytest.raises(ValueError, match="denominator is zero in some resamples"):
+        ratio(half, theirs, base)
+    lower = replace(theirs, values=theirs.values - 3)
+    assert ratio(lower, lower, base) == Interval(1.0, 1.0, 1.0, 7), "both may fall below the base"
     ours = some(3, (1, 0))
-    found, rng = ratio(ours, theirs, base), np.random.default_rng(0)
+    found, rng = ratio(ours, theirs, base, 1e-9), np.random.default_rng(0)
     seeds, times = rng.multinomial(2, [0.5] * 2, size=2000), rng.multinomial(3, [1 / 3] * 3, size=2000)
     each = {name: i for i, name in enumerate(sorted(set(VERBS)))}
     sums = [[sum(s * t[each[v]] * x for s, row in zip(seed, one, strict=True) for x, v in zip(row, VERBS, strict=True))
