@@ -352,7 +352,7 @@ def stability_rows(found: Mapping[str, Mapping[int, Mapping[str, Interval]]]) ->
 
 
 @dataclass(frozen=True)
-class Place:
+class SiteQuality:
     """One SAE at one site: its reconstruction of held-out tokens; the nats of each answer with it alone spliced in,
     what that adds to the clean model's, and what the site's mean adds in its place; how far a second training agrees.
     """
@@ -373,15 +373,15 @@ class Place:
         }  # fmt: skip
 
 
-def places(
+def compare_sites(
     lm: LoadedModel,
     one: Trained,
     two: Trained,
     tokens: Tokens,
     answers: Sequence[dict],
     batch_size: int = 64,
-) -> dict[Site, Place]:
-    """{(site, layer): Place} for every SAE of `one`; `two` holds those of another seed at the same sites.
+) -> dict[Site, SiteQuality]:
+    """{(site, layer): SiteQuality} for every SAE of `one`; `two` holds those of another seed at the same sites.
 
     `tokens` are held-out activations of all sites, `answers` rows with an answer. KeyError for a site that `tokens`
     lack, ValueError where `two` lacks one. Story: notebooks/03_training_saes.
@@ -396,10 +396,10 @@ def places(
         nats, none = (answer_nats(lm, answers, {layer: d}, site=site, batch_size=batch_size) for d in (sae, mean))
         added = (difference(with_it, clean) for with_it in (nats, none))
         again = seed_stability({layer: sae}, {layer: two.of(site)[layer]}, {layer: quality.density})[layer]
-        found[site, layer] = Place((site, layer), quality, nats, *added, again)
+        found[site, layer] = SiteQuality((site, layer), quality, nats, *added, again)
     return found
 
 
-def cheaper(found: dict[Site, Place], a: Site, b: Site) -> Interval:
+def cheaper(found: dict[Site, SiteQuality], a: Site, b: Site) -> Interval:
     """How much less loss splicing at `a` adds than at `b`, in nats per answer, paired over the answers."""
     return difference(found[b].nats, found[a].nats)
