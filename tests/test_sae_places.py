@@ -138,7 +138,7 @@ def test_two_places_are_measured_alone_each_and_paired_over_the_answers(tiny_lla
 
 
 def test_selection_reads_the_saes_of_the_site_and_the_rows_of_the_split_it_is_asked_for(tiny_llama, monkeypatch):
-    lm, asked, rows = tiny_llama, [], {"fit": (["a request"], ["a fact"]), "val": ([], [])}
+    lm, asked, rows = tiny_llama, [], {"fit": ([{"id": "r"}], [{"id": "f"}]), "val": ([], [])}
     trained = training.Trained({(s, n): (sae_at(lm, s, n), Path(), {}) for s in ("z", STREAM) for n in (0, 1)}, "key")
 
     def gather(lm, saes, requests, facts, site):
@@ -150,7 +150,8 @@ def test_selection_reads_the_saes_of_the_site_and_the_rows_of_the_split_it_is_as
     monkeypatch.setattr(room, "cached_tensors", keep)
     with pytest.raises(LookupError):
         room.select_latents(lm, trained, rows, site=STREAM)
-    assert asked == [(STREAM, "fit"), (STREAM, ["a request"], ["a fact"], ["blocks.0.hook_out", "blocks.1.hook_out"])]
+    assert asked == [(STREAM, "fit"), (STREAM, [{"id": "r"}], [{"id": "f"}],
+                                          ["blocks.0.hook_out", "blocks.1.hook_out"])]
 
 
 def test_the_two_by_two_test_edits_the_site_it_is_given(tiny_llama):

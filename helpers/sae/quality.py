@@ -125,7 +125,7 @@ def loss_recovered(
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class SplicedLabels:
     """Labels of the clean and of the spliced model on the same rows."""
 
     clean: Labelled
@@ -137,17 +137,17 @@ class Behaviour:
         return float(np.mean([a == b for a, b in zip(self.clean.labels, self.spliced.labels, strict=True)]))
 
 
-def behaviour(
+def spliced_labels(
     lm: LoadedModel,
     rows: Sequence[dict],
     dictionaries: Mapping[int, Dictionary],
     clean: Labelled | None = None,
     **kwargs: Any,
-) -> Behaviour:
+) -> SplicedLabels:
     """Answer the rows with the clean and with the spliced model; pass `clean` to answer them only once."""
     clean = label_completions(lm, rows, **kwargs) if clean is None else clean
     with splice(lm, dictionaries):
-        return Behaviour(clean, label_completions(lm, rows, **kwargs))
+        return SplicedLabels(clean, label_completions(lm, rows, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Quality:
 
     layers: dict[int, Reconstruction]
     recovered: Recovered
-    requests: Behaviour
+    requests: SplicedLabels
     rows: Sequence[dict]
 
     def kept(self, label: str, harmful: bool) -> Interval:
@@ -238,7 +238,7 @@ def measure(lm: LoadedModel, dictionaries: Mapping[int, Dictionary], held: HeldO
     size = {"max_new_tokens": held.max_new_tokens, "batch_size": held.batch_size}
     layers = {n: reconstruction(dictionary, held.tokens.z[n]) for n, dictionary in dictionaries.items()}
     recovered = loss_recovered(lm, held.answers, dictionaries, held.tokens, batch_size=held.batch_size)
-    requests = behaviour(lm, held.requests, dictionaries, held.clean, **size)
+    requests = spliced_labels(lm, held.requests, dictionaries, held.clean, **size)
     return Quality(layers, recovered, requests, held.requests)
 
 
