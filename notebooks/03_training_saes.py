@@ -298,10 +298,10 @@ for n in p.sae.layers:
 
 # %%
 from helpers.sae.corpus import collect_sites, world_texts
-from helpers.sae.quality import cheaper, places
+from helpers.sae.quality import cheaper, compare_sites
 
 tokens = collect_sites(lm, world_texts(lm, "test", n=p.n_prompts), sites).without_first()
-at = places(lm, both, again, tokens, held.answers, batch_size=p.batch_size)
+at = compare_sites(lm, both, again, tokens, held.answers, batch_size=p.batch_size)
 report.table([place.row() for place in at.values()])
 
 # %%

@@ -258,7 +258,7 @@ def test_splicing_a_perfect_dictionary_changes_nothing_and_the_mean_costs_loss(t
     assert found.spliced == pytest.approx(found.clean, abs=1e-4) and found.share.estimate == pytest.approx(1, abs=1e-2)
     none = quality.loss_recovered(lm, rows, {n: dictionaries.Components.fit(tokens.z[n], 0) for n in (0, 1)}, tokens)
     assert none.share.estimate == pytest.approx(0, abs=1e-6) and none.spliced == pytest.approx(none.ablated)
-    same = quality.behaviour(lm, load("requests", "fit"), perfect, max_new_tokens=4)
+    same = quality.spliced_labels(lm, load("requests", "fit"), perfect, max_new_tokens=4)
     assert same.same == 1
 
 
@@ -266,12 +266,12 @@ def test_the_gate_names_what_is_not_good_enough():
     good = quality.Reconstruction(8, 0.1, 0.0, torch.zeros(4), 100)
     labelled = judges.Labelled([], ["refused"] * 10)
     recovered = quality.Recovered(1.0, 1.1, 2.0, stats.Interval(0.9, 0.8, 1.0, 10), some_nats())
-    found = quality.Quality({0: good}, recovered, quality.Behaviour(labelled, labelled), kinds([1] * 10))
+    found = quality.Quality({0: good}, recovered, quality.SplicedLabels(labelled, labelled), kinds([1] * 10))
     assert quality.gate(found) is None
     assert "unexplained" in quality.gate(dataclasses.replace(found, layers={0: dataclasses.replace(good, fvu=0.6)}))
     low = dataclasses.replace(recovered, share=stats.Interval(0.3, 0.2, 0.4, 10))
     assert "loss" in quality.gate(dataclasses.replace(found, recovered=low))
-    lost = quality.Behaviour(labelled, judges.Labelled([], ["refused"] * 5 + ["complied"] * 5))
+    lost = quality.SplicedLabels(labelled, judges.Labelled([], ["refused"] * 5 + ["complied"] * 5))
     assert "refusals" in quality.gate(dataclasses.replace(found, requests=lost))
 
 
@@ -279,7 +279,7 @@ def test_what_is_kept_counts_only_rows_that_had_the_label_and_are_of_the_kind():
     clean = judges.Labelled([], ["refused", "refused", "complied", "refused"])
     spliced = judges.Labelled([], ["refused", "complied", "refused", "complied"])
     recovered = quality.Recovered(1.0, 1.1, 2.0, stats.Interval(0.9, 0.8, 1.0, 10), some_nats())
-    found = quality.Quality({}, recovered, quality.Behaviour(clean, spliced), kinds([1, 1, 1, 0]))
+    found = quality.Quality({}, recovered, quality.SplicedLabels(clean, spliced), kinds([1, 1, 1, 0]))
     assert (found.kept("refused", True).estimate, found.kept("refused", True).n) == (0.5, 2)
     assert (found.kept("refused", False).estimate, found.kept("refused", False).n) == (0.0, 1)
     with pytest.raises(ValueError, match="no complied request"):

@@ -80,7 +80,7 @@ def test_the_gate_names_what_an_untrained_sae_misses(tiny_llama, tmp_path):
     labelled = judges.Labelled([], ["refused"] * 10)
     recovered = quality.Recovered(1.0, 1.1, 2.0, Interval(0.9, 0.8, 1.0, 10), some_nats())
     layers = {3: quality.reconstruction(blind, sparse_data(500, seed=4))}
-    found = quality.Quality(layers, recovered, quality.Behaviour(labelled, labelled), kinds([1] * 10))
+    found = quality.Quality(layers, recovered, quality.SplicedLabels(labelled, labelled), kinds([1] * 10))
     assert "SAE of layer 3 leaves more than 35% of the variance unexplained" in quality.gate(found)
 
 
@@ -89,11 +89,12 @@ def test_every_behaviour_the_clean_model_shows_is_counted_on_its_own_rows():
     spliced = judges.Labelled([], ["refused", "complied", "complied", "refused", "abstained", "complied"])
     recovered = quality.Recovered(1.0, 1.1, 2.0, Interval(0.9, 0.8, 1.0, 10), some_nats())
     harmful = kinds([1, 1, 0, 0, 0, 1])
-    kept = quality.Quality({}, recovered, quality.Behaviour(clean, spliced), harmful).survives()
+    kept = quality.Quality({}, recovered, quality.SplicedLabels(clean, spliced), harmful).survives()
     assert {k: (v.estimate, v.n) for k, v in kept.items()} == {
         "refusals kept": (0.5, 2), "answers kept": (0.5, 2), "abstentions kept": (1.0, 1)}  # fmt: skip
     none = judges.Labelled([], ["refused"] * 6)
-    assert set(quality.Quality({}, recovered, quality.Behaviour(none, none), harmful).survives()) == {"refusals kept"}
+    labels = quality.SplicedLabels(none, none)
+    assert set(quality.Quality({}, recovered, labels, harmful).survives()) == {"refusals kept"}
 
 
 # ---- effects, with whole verbs resampled ---------------------------------------------------------------------

@@ -117,7 +117,7 @@ def trained_pair(lm, monkeypatch, tmp_path):
 def test_two_places_are_measured_alone_each_and_paired_over_the_answers(tiny_llama, tmp_path, monkeypatch):
     lm = tiny_llama
     one, two, tokens = trained_pair(lm, monkeypatch, tmp_path)
-    found = quality.places(lm, one, two, tokens, answers(), batch_size=3)
+    found = quality.compare_sites(lm, one, two, tokens, answers(), batch_size=3)
     assert list(found) == [("z", 0), ("z", 1), (STREAM, 0), (STREAM, 1)]
     clean = loss_by_hand(lm, answers(), {})
     for site in (("z", 1), (STREAM, 0)):
@@ -134,11 +134,11 @@ def test_two_places_are_measured_alone_each_and_paired_over_the_answers(tiny_lla
     assert gain.estimate == pytest.approx(found[STREAM, 1].nats.mean() - found["z", 1].nats.mean())
     del two.at[STREAM, 1]
     with pytest.raises(ValueError, match="no SAE at resid_post of layer 1"):
-        quality.places(lm, one, two, tokens, answers())
+        quality.compare_sites(lm, one, two, tokens, answers())
 
 
 def test_selection_reads_the_saes_of_the_site_and_the_rows_of_the_split_it_is_asked_for(tiny_llama, monkeypatch):
-    lm, asked, rows = tiny_llama, [], {"fit": (["a request"], ["a fact"]), "val": ([], [])}
+    lm, asked, rows = tiny_llama, [], {"fit": ([{"id": "r"}], [{"id": "f"}]), "val": ([], [])}
     trained = training.Trained({(s, n): (sae_at(lm, s, n), Path(), {}) for s in ("z", STREAM) for n in (0, 1)}, "key")
 
     def gather(lm, saes, requests, facts, site):
@@ -150,7 +150,8 @@ def test_selection_reads_the_saes_of_the_site_and_the_rows_of_the_split_it_is_as
     monkeypatch.setattr(room, "cached_tensors", keep)
     with pytest.raises(LookupError):
         room.select_latents(lm, trained, rows, site=STREAM)
-    assert asked == [(STREAM, "fit"), (STREAM, ["a request"], ["a fact"], ["blocks.0.hook_out", "blocks.1.hook_out"])]
+    assert asked == [(STREAM, "fit"), (STREAM, [{"id": "r"}], [{"id": "f"}],
+                                          ["blocks.0.hook_out", "blocks.1.hook_out"])]
 
 
 def test_the_two_by_two_test_edits_the_site_it_is_given(tiny_llama):

@@ -125,7 +125,7 @@ def loss_recovered(
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class SplicedLabels:
     """Labels of the clean and of the spliced model on the same rows."""
 
     clean: Labelled
@@ -137,17 +137,17 @@ class Behaviour:
         return float(np.mean([a == b for a, b in zip(self.clean.labels, self.spliced.labels, strict=True)]))
 
 
-def behaviour(
+def spliced_labels(
     lm: LoadedModel,
     rows: Sequence[dict],
     dictionaries: Mapping[int, Dictionary],
     clean: Labelled | None = None,
     **kwargs: Any,
-) -> Behaviour:
+) -> SplicedLabels:
     """Answer the rows with the clean and with the spliced model; pass `clean` to answer them only once."""
     clean = label_completions(lm, rows, **kwargs) if clean is None else clean
     with splice(lm, dictionaries):
-        return Behaviour(clean, label_completions(lm, rows, **kwargs))
+        return SplicedLabels(clean, label_completions(lm, rows, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Quality:
 
     layers: dict[int, Reconstruction]
     recovered: Recovered
-    requests: Behaviour
+    requests: SplicedLabels
     rows: Sequence[dict]
 
     def kept(self, label: str, harmful: bool) -> Interval:
@@ -238,7 +238,7 @@ def measure(lm: LoadedModel, dictionaries: Mapping[int, Dictionary], held: HeldO
     size = {"max_new_tokens": held.max_new_tokens, "batch_size": held.batch_size}
     layers = {n: reconstruction(dictionary, held.tokens.z[n]) for n, dictionary in dictionaries.items()}
     recovered = loss_recovered(lm, held.answers, dictionaries, held.tokens, batch_size=held.batch_size)
-    requests = behaviour(lm, held.requests, dictionaries, held.clean, **size)
+    requests = spliced_labels(lm, held.requests, dictionaries, held.clean, **size)
     return Quality(layers, recovered, requests, held.requests)
 
 
@@ -352,7 +352,7 @@ def stability_rows(found: Mapping[str, Mapping[int, Mapping[str, Interval]]]) ->
 
 
 @dataclass(frozen=True)
-class Place:
+class SiteQuality:
     """One SAE at one site: its reconstruction of held-out tokens; the nats of each answer with it alone spliced in,
     what that adds to the clean model's, and what the site's mean adds in its place; how far a second training agrees.
     """
@@ -373,15 +373,15 @@ class Place:
         }  # fmt: skip
 
 
-def places(
+def compare_sites(
     lm: LoadedModel,
     one: Trained,
     two: Trained,
     tokens: Tokens,
     answers: Sequence[dict],
     batch_size: int = 64,
-) -> dict[Site, Place]:
-    """{(site, layer): Place} for every SAE of `one`; `two` holds those of another seed at the same sites.
+) -> dict[Site, SiteQuality]:
+    """{(site, layer): SiteQuality} for every SAE of `one`; `two` holds those of another seed at the same sites.
 
     `tokens` are held-out activations of all sites, `answers` rows with an answer. KeyError for a site that `tokens`
     lack, ValueError where `two` lacks one. Story: notebooks/03_training_saes.
@@ -396,10 +396,10 @@ def places(
         nats, none = (answer_nats(lm, answers, {layer: d}, site=site, batch_size=batch_size) for d in (sae, mean))
         added = (difference(with_it, clean) for with_it in (nats, none))
         again = seed_stability({layer: sae}, {layer: two.of(site)[layer]}, {layer: quality.density})[layer]
-        found[site, layer] = Place((site, layer), quality, nats, *added, again)
+        found[site, layer] = SiteQuality((site, layer), quality, nats, *added, again)
     return found
 
 
-def cheaper(found: dict[Site, Place], a: Site, b: Site) -> Interval:
+def cheaper(found: dict[Site, SiteQuality], a: Site, b: Site) -> Interval:
     """How much less loss splicing at `a` adds than at `b`, in nats per answer, paired over the answers."""
     return difference(found[b].nats, found[a].nats)
