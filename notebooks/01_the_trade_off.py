@@ -229,7 +229,8 @@ with direction.apply(lm, -4.0):
 from helpers.prompts import requests
 from helpers.steering import refusal_direction
 
-sets = [requests(kind, split, p.n_prompts, p.data) for split in ("fit", "val") for kind in ("harmful", "benign")]
+sets = [requests(kind, split, p.n_prompts, p.data)
+        for split in ("fit", "val") for kind in ("harmful", "benign")]
 refusal = refusal_direction.fit(lm, *sets[:2], val_harmful=sets[2], val_benign=sets[3])
 with refusal.ablated(lm):
     ablated = measure(lm, test, **size)

@@ -162,8 +162,8 @@ class Record:
         arms = self._at(poison, setting)
         if not arms:
             raise ValueError(f"{self.method} has no arm at {setting} with a poison share of {poison}: run it first.")
+        arms, seeds = (arms[:1], (None,)) if self.method == UNTUNED else (arms, tuple(arm.seed for arm in arms))
         values = np.stack([arm.values(measure) for arm in arms])
-        seeds = (None,) if self.method == UNTUNED else tuple(arm.seed for arm in arms)
         return Outcome(measure, values, rows_of(measure, "test", arms[0].source, arms[0].n_prompts), seeds)
 
     def matrix(self, measure: str, poison: float = 0.0, setting: float | None = None) -> np.ndarray:

@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from test_benchmarks_prompts import use_made_up
+from test_datasets_benchmarks import use_made_up
 
 from helpers.config import PROFILES, FinetuneConfig, SaeConfig
 from helpers.experiments import finetuning as c
+from helpers.experiments import records
 from helpers.experiments import runner as j
 from helpers.experiments import tables as e
 from helpers.experiments.records import LORA, RANDOM, UNTUNED
@@ -19,7 +20,7 @@ from helpers.prompts import prompts
 def test_a_real_profile_goes_from_training_to_verdicts(tiny_folders, tmp_path, monkeypatch, family, dtype):
     monkeypatch.setenv("COMPANION_ARTIFACTS", str(tmp_path / "artifacts"))
     use_made_up(tmp_path, monkeypatch)
-    for module in (j, e):
+    for module in (j, e, records):
         monkeypatch.setattr(module, "N_TASKS", 2)
     monkeypatch.setattr(c, "n_workers", lambda p: 1)
     sae = SaeConfig(layers=(1,), width=64, k=4, n_tokens=2048, lr=1e-3, batch_size=128)

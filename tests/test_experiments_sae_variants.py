@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_sae_causal import outcome, outcomes_of
+from test_sae_ablation import outcome, outcomes_of
 
 from helpers.experiments import sensitivity
 from helpers.sae import ablation

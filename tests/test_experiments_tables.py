@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_finetune_compare import fake_arm, record
+from test_experiments_finetuning import fake_arm, record
 
 from helpers import store
 from helpers.config import profile

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from test_sae import SMALL, load
-from test_sae_causal import outcome
+from test_sae_ablation import outcome
+from test_sae_ground_truth import load as load_world
 from test_sae_sites import sae_at
-from test_sae_world import load as load_world
 
 from helpers.hooks import capture, edit
 from helpers.sae import ablation, corpus, dictionaries, ground_truth, quality, training

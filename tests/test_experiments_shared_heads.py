@@ -16,7 +16,7 @@ from helpers.heads.overlap import overlap_test
 from helpers.outcomes import digests
 from helpers.prompts import Prompts
 from helpers.stats import Interval
-from tests.test_cause import FIT, TEST, VAL
+from tests.test_heads_ablation import FIT, TEST, VAL
 
 
 @pytest.fixture
