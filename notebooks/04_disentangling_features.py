@@ -220,7 +220,8 @@ from helpers.prompts import misconceptions, requests
 from helpers.sae.directions import Known, truth_difference
 from helpers.steering import iti, refusal_direction
 
-sets = [requests(kind, split, p.n_prompts, p.data) for split in ("fit", "val") for kind in ("harmful", "benign")]
+sets = [requests(kind, split, p.n_prompts, p.data)
+        for split in ("fit", "val") for kind in ("harmful", "benign")]
 direction = refusal_direction.fit(lm, *sets[:2], val_harmful=sets[2], val_benign=sets[3])
 facts, layers = misconceptions("fit", None, p.data), sorted(trained.saes)
 pushed = iti.fit(lm, facts, n_heads=p.iti.n_heads).displacement(lm, 1.0)
