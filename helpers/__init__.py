@@ -5,10 +5,13 @@ names, never from here. `dir(h)` lists the names, and the README's first example
 it settles how threads wait and share the cores, before anything imports torch.
 """
 
+import os
 from importlib import import_module
 
 from helpers.threads import settle
 
+if "OMP_WAIT_POLICY" not in os.environ:  # a short look before the sleep: none at all costs a quiet machine a quarter
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 settle()
 
 HOMES = {
